@@ -1,0 +1,98 @@
+/* The C entry of libmoe_infer: one MoE layer, without TensorRT.
+ *
+ * Tests, benchmarks and other hosts call this through ctypes or from C. Nothing here throws or ends
+ * the process: functions return MOE_INFER_OK or an error code, and moe_infer_last_error() gives the
+ * sentence for the calling thread.
+ */
+#ifndef MOE_INFER_H
+#define MOE_INFER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE_INFER_EXPORT __attribute__((visibility("default")))
+
+typedef enum {
+  MOE_INFER_OK = 0,
+  MOE_INFER_INVALID = 1,
+  MOE_INFER_FILE = 2,
+  MOE_INFER_CUDA = 3,
+  MOE_INFER_INTERNAL = 4
+} moe_infer_status;
+
+typedef enum { MOE_INFER_FLOAT32 = 0, MOE_INFER_FLOAT16 = 1, MOE_INFER_BFLOAT16 = 2 } moe_infer_dtype;
+
+typedef enum { MOE_INFER_INT32 = 0, MOE_INFER_FLOATS = 1, MOE_INFER_STRING = 2 } moe_infer_attribute_kind;
+
+/* One attribute of the operator (see docs/operator.md). `count`: number of ints or floats; bytes of a
+ * string, with or without the final NUL. */
+typedef struct {
+  const char* name;
+  int32_t kind; /* moe_infer_attribute_kind */
+  int64_t count;
+  const void* data;
+} moe_infer_attribute;
+
+/* What the layer is applied to. */
+typedef struct {
+  int64_t d_model;      /* last dimension of hidden_states */
+  int32_t dtype;        /* moe_infer_dtype of hidden_states and of the output */
+  int32_t has_logits;   /* 1: router_logits is given to run */
+  int32_t logits_dtype; /* moe_infer_dtype; that of hidden_states or float32 */
+} moe_infer_inputs;
+
+typedef struct {
+  int64_t runs;
+  int64_t tokens;
+  int64_t hits;   /* experts that were needed and lay in a slot */
+  int64_t misses; /* experts that were needed and had to be fetched */
+  int64_t evictions;
+  int64_t bytes_fetched; /* host to device, weights only */
+} moe_infer_stats;
+
+typedef struct moe_infer_layer moe_infer_layer;
+
+/* The sentence that explains the calling thread's last error; "" if there was none. */
+MOE_INFER_EXPORT const char* moe_infer_last_error(void);
+
+/* Package version, and the TensorRT version of the headers ("" when built without). */
+MOE_INFER_EXPORT const char* moe_infer_version(void);
+MOE_INFER_EXPORT const char* moe_infer_tensorrt_headers_version(void);
+
+/* Checks attributes, weight file and inputs without a GPU. `inputs` may be NULL: then only what the
+ * attributes and the file say is checked. */
+MOE_INFER_EXPORT int moe_infer_check(const moe_infer_attribute* attributes, int32_t count,
+                                     const moe_infer_inputs* inputs);
+
+/* Digest of a weight file's index, as attribute expert_weight_digest holds it. `digest` has room for 64 bytes. */
+MOE_INFER_EXPORT int moe_infer_weight_digest(const char* path, char* digest);
+
+/* Makes a layer on the current CUDA device: checks everything, allocates the slots and, when all experts
+ * fit (max_concurrency >= expert_count), loads them. */
+MOE_INFER_EXPORT int moe_infer_layer_create(const moe_infer_attribute* attributes, int32_t count,
+                                            const moe_infer_inputs* inputs, moe_infer_layer** layer);
+MOE_INFER_EXPORT void moe_infer_layer_destroy(moe_infer_layer* layer);
+
+/* Bytes of device scratch memory that run needs for up to `tokens` tokens. */
+MOE_INFER_EXPORT int moe_infer_layer_workspace(const moe_infer_layer* layer, int64_t tokens, size_t* bytes);
+
+/* Enqueues the layer on `stream` (a cudaStream_t). All pointers are device pointers: hidden_states and
+ * output (tokens, d_model), router_logits (tokens, expert_count) or NULL. Zero tokens is legal. */
+MOE_INFER_EXPORT int moe_infer_layer_run(moe_infer_layer* layer, const void* hidden_states, const void* router_logits,
+                                         void* output, int64_t tokens, void* workspace, size_t workspace_bytes,
+                                         void* stream);
+
+MOE_INFER_EXPORT int moe_infer_layer_stats(const moe_infer_layer* layer, moe_infer_stats* stats);
+
+/* Registers the plugin creators with the TensorRT that this process has loaded; idempotent. MOE_INFER_INVALID
+ * with both versions and paths in the message when none is loaded or its major version is not the headers'. */
+MOE_INFER_EXPORT int moe_infer_register(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

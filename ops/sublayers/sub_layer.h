@@ -1,0 +1,100 @@
+// What one expert computes. A new sub-layer is one file: a class on MoESubLayer and one registration line.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/data_type.h"
+
+namespace moe_infer {
+
+struct SubLayerShape {
+  int64_t d_model = 0;
+  int64_t hidden_size = 0;
+  DataType dtype = DataType::kFloat32;
+};
+
+// One tensor of an expert in the layout in which the kernels read it, row-major (rows, columns). A file holds it
+// stacked over the experts under `name`, or for each expert e as the parts "e/PART"; with two parts the packed rows
+// alternate: row 2i is row i of the first part, row 2i+1 row i of the second.
+struct ExpertTensor {
+  std::string name;
+  std::vector<std::string> parts;
+  int64_t rows = 0;  // packed
+  int64_t columns = 0;
+  bool vector = false;  // one-dimensional in the file: (columns), rows is 1
+};
+
+// Where tensor i lies in a slot: 256-byte aligned, in the order of tensors(). The one place that knows this.
+struct SlotLayout {
+  std::vector<uint64_t> offsets;
+  uint64_t bytes = 0;  // of a slot
+  SlotLayout(std::vector<ExpertTensor> const& tensors, DataType dtype);
+};
+
+// A group of experts and the rows that chose them; the arrays are on the device.
+//   group g runs the expert whose weights lie at slots + slot_of_group[g] * slot_bytes
+//   on rows row_begin[g] .. row_end[g] of input and output.
+struct ExpertGroups {
+  int32_t count = 0;
+  int32_t const* row_begin = nullptr;
+  int32_t const* row_end = nullptr;
+  int32_t const* slot_of_group = nullptr;
+  uint8_t const* slots = nullptr;
+  uint64_t slot_bytes = 0;
+};
+
+struct SubLayerCall {
+  ExpertGroups groups;
+  void const* input = nullptr;  // (rows, d_model), grouped by expert
+  void* output = nullptr;       // (rows, d_model)
+  int64_t rows = 0;             // rows of input in the whole call (all experts), known to the host; kernel choice may
+                                // depend on this and on expert_count alone, so that resident and streaming agree in
+                                // every bit
+  int32_t expert_count = 0;
+  void* workspace = nullptr;
+  cudaStream_t stream = nullptr;
+};
+
+class MoESubLayer {
+ public:
+  explicit MoESubLayer(SubLayerShape const& shape) : shape_(shape), layout_({}, shape.dtype) {}
+  virtual ~MoESubLayer() = default;
+
+  // The tensors of one expert; empty for a sub-layer without weights.
+  virtual std::vector<ExpertTensor> tensors() const = 0;
+  // Bytes of scratch that run needs for up to `rows` rows in up to `groups` groups.
+  virtual size_t workspace_bytes(int64_t rows, int32_t groups) const = 0;
+  // Enqueues the experts of call.groups. Must not synchronise or allocate.
+  virtual void run(SubLayerCall const& call) const = 0;
+
+  SubLayerShape const& shape() const { return shape_; }
+
+ protected:
+  SubLayerShape shape_;
+  SlotLayout layout_;  // derived classes set it from tensors()
+};
+
+using SubLayerFactory = std::unique_ptr<MoESubLayer> (*)(SubLayerShape const&);
+
+// Registered names, sorted.
+std::vector<std::string> sub_layer_names();
+// Throws Error(MOE_INFER_INVALID) for an unknown name.
+std::unique_ptr<MoESubLayer> make_sub_layer(std::string const& name, SubLayerShape const& shape);
+
+struct SubLayerRegistration {
+  SubLayerRegistration(char const* name, SubLayerFactory factory);
+};
+
+}  // namespace moe_infer
+
+// One line at the end of a sub-layer's file: MOE_REGISTER_SUBLAYER("T5_FF", T5FeedForward)
+#define MOE_REGISTER_SUBLAYER(name, Class)                                                             \
+  static ::moe_infer::SubLayerRegistration const moe_registration_##Class{                             \
+      name, [](::moe_infer::SubLayerShape const& shape) -> std::unique_ptr<::moe_infer::MoESubLayer> { \
+        return std::make_unique<Class>(shape);                                                         \
+      }};
