@@ -1,0 +1,125 @@
+"""Writes the generated parts of the documentation: `python tools/make_docs.py [--check]`.
+
+The operator's tables come from moe_infer/op.py, the tables of measurements from the JSON files in
+benchmarks/results/. A generated part stands between `<!-- generated: NAME -->` and
+`<!-- end: NAME -->`; everything else in the files is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moe_infer import op  # noqa: E402
+
+FILES = ("README.md", "docs/operator.md")
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def inputs() -> str:
+    """Inputs and output of the operator."""
+    types = ", ".join(op.DTYPES)
+    rows = [
+        ("input 0", "`hidden_states`", f"{types}; (batch, seq, d_model) or (tokens, d_model)"),
+        (
+            "input 1, optional",
+            "`router_logits`",
+            "type of input 0 or float32; (..., expert_count); without it the layer computes"
+            " hidden_states @ `expert_centroids`",
+        ),
+        ("output 0", "", "type and shape of input 0"),
+    ]
+    return table(("", "name", "type and shape"), rows)
+
+
+def attributes() -> str:
+    """The operator's attributes."""
+    rows = []
+    for a in op.ATTRIBUTES:
+        default = "required" if a.required else "" if a.default is None else f"`{a.default!r}`"
+        rows.append((f"`{a.name}`", a.kind, default, a.meaning))
+    return table(("attribute", "type", "default", "meaning"), rows)
+
+
+def routers() -> str:
+    """The values of `moe_variant`."""
+    rows = [(f"`{r.name}`", r.meaning) for r in op.ROUTERS.values()]
+    return table(("`moe_variant`", "how a token finds its experts"), rows)
+
+
+def sublayers() -> str:
+    """The sub-layers and the tensors that a weight file holds for them."""
+    rows = []
+    for s in op.SUBLAYERS.values():
+        stacked = []
+        parts = []
+        for t in s.tensors:
+            packed = list(t.part_shape)
+            if len(t.parts) > 1:
+                packed[0] = f"{len(t.parts)} * {packed[0]}"  # type: ignore[call-overload]
+            stacked.append(f"`{t.name}` (expert_count, {', '.join(packed)})")
+            parts += [f"`e/{p}` ({', '.join(t.part_shape)})" for p in t.parts]
+        none = "none"
+        rows.append(
+            (f"`{s.name}`", s.meaning, "<br>".join(stacked) or none, "<br>".join(parts) or none)
+        )
+    header = ("sub-layer", "output for input x", "stacked tensors", "or, for each expert e")
+    return table(header, rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "inputs": inputs,
+    "attributes": attributes,
+    "routers": routers,
+    "sublayers": sublayers,
+}
+
+
+def fill(text: str) -> str:
+    """`text` with every generated part made anew.
+
+    Raises:
+        KeyError: a part that this program does not know.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- generated: {name} -->\n{PARTS[name]()}\n<!-- end: {name} -->"
+
+    pattern = r"<!-- generated: (\w+) -->\n.*?<!-- end: \1 -->"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Rewrites the files, or with --check says which ones are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail when out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name in FILES:
+        path = ROOT / name
+        old = path.read_text()
+        new = fill(old)
+        if new != old:
+            stale.append(name)
+            if not check:
+                path.write_text(new)
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run `python tools/make_docs.py`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
