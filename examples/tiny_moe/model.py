@@ -64,36 +64,26 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, in operators that every runtime has."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, self.heads, self.size = config.d_model, config.heads, config.d_model // config.heads
         self.qkv = nn.Parameter(torch.randn(d, 3 * d) / math.sqrt(d))
         self.out = nn.Parameter(torch.randn(d, d) / math.sqrt(d * 2 * config.layers))
         self.dropout = nn.Dropout(config.dropout)
-        frequency = 10000.0 ** (-torch.arange(0, self.size, 2).float() / self.size)
-        angle = torch.arange(config.context).float()[:, None] * frequency
-        self.register_buffer("cos", torch.cos(angle), persistent=False)
-        self.register_buffer("sin", torch.sin(angle), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` (batch, seq, d_model); ``cos`` and ``sin`` (seq, head size / 2)."""
         batch, seq, d = x.shape
         qkv = (x @ self.qkv.float()).view(batch, seq, 3, self.heads, self.size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        scores = self._rotate(q) @ self._rotate(k).transpose(-1, -2) / math.sqrt(self.size)
+        scores = (
+            _rotate(q, cos, sin) @ _rotate(k, cos, sin).transpose(-1, -2) / math.sqrt(self.size)
+        )
         place = torch.arange(seq, device=x.device)
         visible = place[None, :] <= place[:, None]
         scores = torch.where(visible, scores.float(), -1e9)
         mixed = self.dropout(torch.softmax(scores, -1)) @ v
         return mixed.transpose(1, 2).reshape(batch, seq, d) @ self.out.float()
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        seq = x.shape[2]
-        cos, sin = self.cos[:seq], self.sin[:seq]
-        low, high = x.chunk(2, -1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
 class T5Experts(nn.Module):
@@ -199,9 +189,9 @@ class Block(nn.Module):
             self.moe = GatedExperts(config)
             self.moe_norm = RMSNorm(config.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, seq, d = x.shape
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
         if self.moe_norm is None:
             return self.moe(x.view(-1, d)).view(batch, seq, d)
         return x + self.moe(self.moe_norm(x).view(-1, d)).view(batch, seq, d)
@@ -209,6 +199,9 @@ class Block(nn.Module):
 
 class LanguageModel(nn.Module):
     """``tokens`` (batch, seq) int64 to ``logits`` (batch, seq, vocabulary) float32."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -218,17 +211,29 @@ class LanguageModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(d)
+        size = d // config.heads
+        frequency = 10000.0 ** (-torch.arange(0, size, 2).float() / size)
+        angle = torch.arange(config.context).float()[:, None] * frequency
+        self.register_buffer("cos", torch.cos(angle), persistent=False)
+        self.register_buffer("sin", torch.sin(angle), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         embedding = self.embedding.float()
         x = self.dropout(embedding[tokens] * math.sqrt(self.config.d_model))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cos, sin)
         return self.norm(x) @ embedding.T
 
     def balance_loss(self) -> Tensor:
         """Mean over the layers; 1 when the experts are used evenly. Of the last training step."""
         return torch.stack([block.moe.balance_loss for block in self.blocks]).mean()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns each pair (x[i], x[i + size / 2]) by its angle."""
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
 def _router_scores(x: Tensor, router: Tensor) -> Tensor:
