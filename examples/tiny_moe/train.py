@@ -1,10 +1,11 @@
 """Trains one of the two models; about two minutes on one H100 or H200.
 
-    python -m examples.tiny_moe.train t5_top1 --out examples/tiny_moe/t5_top1
-    python -m examples.tiny_moe.train gated_top2 --out examples/tiny_moe/gated_top2
+    python -m examples.tiny_moe.train t5_top1 --out examples/tiny_moe
+    python -m examples.tiny_moe.train gated_top2 --out examples/tiny_moe
 
 Needs PyTorch and build/corpus/kjv.txt (``python -m examples.tiny_moe.corpus``). Writes
-``weights.safetensors`` (float16, the best checkpoint on the validation text) and ``record.json``.
+``VARIANT.safetensors`` (float16, the best checkpoint on the validation text) and the record of the
+run, ``VARIANT.json``.
 """
 
 from __future__ import annotations
@@ -203,11 +204,11 @@ def train(args: argparse.Namespace) -> None:
         "sample": text,
         "curve": curve,
     }
-    write(args.out, best["state"], record)
+    write(args.out / args.variant, best["state"], record)
 
 
-def write(folder: Path, state: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Writes weights.safetensors and record.json.
+def write(stem: Path, state: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Writes the weights to ``stem``.safetensors and the record to ``stem``.json.
 
     Safetensors is a header's length (8 bytes), the header (JSON) and the tensors one after another;
     written here so that training needs PyTorch and nothing else.
@@ -219,13 +220,14 @@ def write(folder: Path, state: dict[str, Tensor], record: dict[str, Any]) -> Non
         header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
     index = json.dumps(header, separators=(",", ":")).encode()
     index += b" " * (-len(index) % 8)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "weights.safetensors", "wb") as file:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with open(stem.with_suffix(".safetensors"), "wb") as file:
         file.write(len(index).to_bytes(8, "little") + index)
         for tensor in state.values():
             file.write(tensor.contiguous().numpy().tobytes())
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {folder}/weights.safetensors and record.json")
+    text = json.dumps(record, indent=1) + "\n"
+    stem.with_suffix(".json").write_text(text, encoding="utf-8")
+    print(f"wrote {stem}.safetensors and {stem}.json")
 
 
 def main() -> None:
