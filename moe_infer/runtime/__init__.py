@@ -1,0 +1,1 @@
+"""Running a model: the compiled plugin, sessions, TensorRT."""
