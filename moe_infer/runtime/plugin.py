@@ -3,9 +3,9 @@
 The way at ``import moe_infer`` (``preload``):
 
 1. Without an NVIDIA driver nothing is loaded: the import stays cheap, and silent.
-2. CUDA, cuDNN and TensorRT of the pip packages are loaded in the order of their dependencies, so that the loader
-   finds them by name when ONNX Runtime loads its provider; nobody sets LD_LIBRARY_PATH. What is already in the
-   process stays.
+2. CUDA, cuDNN and TensorRT of the pip packages are loaded in the order of their dependencies, so
+   that the loader finds them by name when ONNX Runtime loads its provider; nobody sets
+   LD_LIBRARY_PATH. What is already in the process stays.
 3. libmoe_infer.so is loaded and registers its creators with the TensorRT that is in the process.
 """
 
@@ -49,6 +49,13 @@ _TENSORRT_LIBRARIES = (
     "libnvonnxparser.so.*",
 )
 
+# What this module calls of ops/include/moe_infer.h; none takes an argument.
+_FUNCTIONS: dict[str, type] = {
+    "moe_infer_last_error": ctypes.c_char_p,
+    "moe_infer_tensorrt_headers_version": ctypes.c_char_p,
+    "moe_infer_register": ctypes.c_int,
+}
+
 _lock = threading.RLock()
 _library: ctypes.CDLL | None = None
 _registered = False
@@ -83,16 +90,17 @@ def require_onnxruntime() -> None:
     # A folder that an uninstall left behind is found as a namespace package, without an origin.
     if spec is None or spec.origin is None:
         raise ImportError(
-            "moe_infer needs ONNX Runtime, which is not installed. Its CPU and GPU wheels exclude each other, so "
-            "choose one: pip install 'moe-infer[cpu]' or pip install 'moe-infer[gpu]'"
+            "moe_infer needs ONNX Runtime, which is not installed. Its CPU and GPU wheels exclude "
+            "each other, so choose one: pip install 'moe-infer[cpu]' or "
+            "pip install 'moe-infer[gpu]'"
         )
 
 
 def find_library() -> Path | None:
     """Finds libmoe_infer.so.
 
-    The first that exists of: the path in MOE_INFER_LIBRARY (empty: no library is used), the file beside the package,
-    and ``build/`` of a source tree.
+    The first that exists of: the path in MOE_INFER_LIBRARY (empty: no library is used), the file
+    beside the package, and ``build/`` of a source tree.
 
     Raises:
         PluginError: MOE_INFER_LIBRARY names a file that does not exist.
@@ -100,7 +108,9 @@ def find_library() -> Path | None:
     chosen = os.environ.get(LIBRARY_VARIABLE)
     if chosen is not None:
         if chosen and not Path(chosen).is_file():
-            raise PluginError(f"{LIBRARY_VARIABLE} is {chosen!r}, which is not a file; correct or unset it")
+            raise PluginError(
+                f"{LIBRARY_VARIABLE} is {chosen!r}, which is not a file; correct or unset it"
+            )
         return Path(chosen).resolve() if chosen else None
     for path in (_PACKAGE / LIBRARY_NAME, _PACKAGE.parent / "build" / LIBRARY_NAME):
         if path.is_file():
@@ -109,12 +119,12 @@ def find_library() -> Path | None:
 
 
 def preload() -> None:
-    """Loads what TensorRT needs and the plugin, as far as they are there; called by ``import moe_infer``.
+    """Loads what TensorRT needs and the plugin, if they are there; ``import moe_infer`` calls it.
 
     Raises:
-        PluginError: The TensorRT in the process is of another major version than the headers the library was built
-            with. The message names both versions, both paths and the remedy. Anything else that fails is silent
-            here; ``status`` tells it.
+        PluginError: The TensorRT in the process is of another major version than the headers the
+            library was built with. The message names both versions, both paths and the remedy.
+            Anything else that fails is silent here; ``status`` tells it.
     """
     if has_driver():
         _preload_pip_libraries()
@@ -123,17 +133,20 @@ def preload() -> None:
     if _library is None:
         return
     if has_driver() and tensorrt_in_process() is None:
-        # Not from pip: what the loader finds by itself (LD_LIBRARY_PATH, ld.so.cache). ONNX Runtime would load it only
-        # with its provider, too late for the plugin to be registered.
+        # Not from pip: what the loader finds by itself (LD_LIBRARY_PATH, ld.so.cache). ONNX Runtime
+        # would load it only with its provider, too late for the plugin to be registered.
         _try_load(f"libnvinfer.so.{_headers_major(_library)}")
     _register(_library)
 
 
 def load() -> ctypes.CDLL:
-    """Loads libmoe_infer.so and registers its creators if a TensorRT is in the process. Idempotent, thread-safe.
+    """Loads libmoe_infer.so and registers its creators if a TensorRT is in the process.
+
+    Idempotent and thread-safe.
 
     Raises:
-        PluginError: There is no library, it cannot be loaded, or TensorRT's major version is not its headers'.
+        PluginError: There is no library, it cannot be loaded, or TensorRT's major version is not
+            its headers'.
     """
     library = _load_library()
     _register(library)
@@ -188,7 +201,7 @@ def gpu_count() -> int:
 
 
 def _what_is_missing(headers: str, tensorrt: Path | None) -> str:
-    """The first thing that keeps the loaded library from being used with TensorRT; "" if nothing does."""
+    """What keeps the loaded library from being used with TensorRT; "" if nothing does."""
     if not headers:
         return "libmoe_infer.so was built without TensorRT (-Dtensorrt=disabled)"
     if not has_driver():
@@ -196,8 +209,8 @@ def _what_is_missing(headers: str, tensorrt: Path | None) -> str:
     if tensorrt is None:
         major = headers.split(".")[0]
         return (
-            f"no TensorRT {major} was found: pip install 'moe-infer[gpu]', or put the folder of libnvinfer.so.{major} "
-            "into LD_LIBRARY_PATH"
+            f"no TensorRT {major} was found: pip install 'moe-infer[gpu]', or put the folder of "
+            f"libnvinfer.so.{major} into LD_LIBRARY_PATH"
         )
     if gpu_count() == 0:
         return "the NVIDIA driver shows no GPU to this process"
@@ -212,33 +225,38 @@ def _load_library() -> ctypes.CDLL:
             if path is None:
                 raise PluginError(_why_not_built())
             try:
-                # Global, as TensorRT looks its plugins up; now, so that a missing symbol is told here.
+                # Global, as TensorRT looks its plugins up; now, so that a missing symbol is told
+                # here.
                 library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
-            except OSError as error:
-                raise PluginError(f"{path} cannot be loaded ({error}); {BUILD_HINT} on this machine") from error
-            for name in ("moe_infer_last_error", "moe_infer_version", "moe_infer_tensorrt_headers_version"):
-                getattr(library, name).restype = ctypes.c_char_p
-                getattr(library, name).argtypes = []
-            library.moe_infer_register.restype = ctypes.c_int
-            library.moe_infer_register.argtypes = []
+                for name, result in _FUNCTIONS.items():
+                    getattr(library, name).restype = result
+                    getattr(library, name).argtypes = []
+            except (OSError, AttributeError) as error:
+                raise PluginError(f"{path} cannot be used ({error}); {BUILD_HINT}") from error
             _library = library
         return _library
 
 
 def _register(library: ctypes.CDLL) -> None:
-    """Registers the creators once a TensorRT is in the process; the library itself compares the versions."""
+    """Registers the creators once a TensorRT is in the process; the library compares versions."""
     global _registered
     with _lock:
-        if _registered or not library.moe_infer_tensorrt_headers_version() or tensorrt_in_process() is None:
+        if (
+            _registered
+            or not library.moe_infer_tensorrt_headers_version()
+            or tensorrt_in_process() is None
+        ):
             return
         if library.moe_infer_register() != 0:
             message = library.moe_infer_last_error().decode(errors="replace")
-            raise PluginError(f"{message} (to go without the plugin, set {LIBRARY_VARIABLE} to the empty string)")
+            raise PluginError(
+                f"{message} (to go without the plugin, set {LIBRARY_VARIABLE} to the empty string)"
+            )
         _registered = True
 
 
 def _why_not_built() -> str:
-    """Why there is no library: what setup.py recorded when the package was installed, else what to do."""
+    """Why there is no library: what setup.py recorded at the installation, else what to do."""
     if os.environ.get(LIBRARY_VARIABLE) == "":
         return f"the plugin is switched off: {LIBRARY_VARIABLE} is the empty string"
     try:
@@ -257,7 +275,11 @@ def _headers_major(library: ctypes.CDLL) -> int:
 
 
 def _tensorrt_version(path: Path) -> str:
-    """Version of the loaded TensorRT at `path`: its number is 10000 * major + 100 * minor + patch since 10."""
+    """Version of the loaded TensorRT at `path`.
+
+    The library's number is 10000 * major + 100 * minor + patch; before TensorRT 10 it was
+    1000 * major + 100 * minor + patch.
+    """
     get_version = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY).getInferLibVersion
     get_version.restype = ctypes.c_int32
     number = int(get_version())
@@ -266,10 +288,10 @@ def _tensorrt_version(path: Path) -> str:
 
 
 def _preload_pip_libraries() -> None:
-    """Loads CUDA, cuDNN and TensorRT of the installed pip packages, each once, silently skipping what is absent."""
+    """Loads CUDA, cuDNN and TensorRT of the pip packages, each once; skips what is absent."""
     folders = sorted(folder for root in _package_folders("nvidia") for folder in root.glob("*/lib"))
-    # Two CUDA major versions can be installed side by side; the newest layout (nvidia/cu13) is tried first, and one
-    # process takes one.
+    # Two CUDA major versions can be installed side by side; the newest layout (nvidia/cu13) is
+    # tried first, and one process takes one.
     folders.sort(key=lambda folder: not re.fullmatch(r"cu\d+", folder.parent.name))
     for pattern in _CUDA_LIBRARIES:
         _load_first(folders, pattern)
@@ -289,7 +311,7 @@ def _package_folders(package: str) -> list[Path]:
 
 
 def _load_first(folders: list[Path], pattern: str) -> None:
-    """Loads the first library of `folders` that matches and loads, unless the process already has one."""
+    """Loads the first library of `folders` that matches, unless the process already has one."""
     if _is_loaded(pattern):
         return
     for folder in folders:
@@ -309,7 +331,10 @@ def _is_loaded(pattern: str) -> bool:
         maps = Path("/proc/self/maps").read_text(errors="surrogateescape")
     except OSError:
         return False
-    return re.search("/" + re.escape(pattern).replace(r"\*", ".*") + "$", maps, re.MULTILINE) is not None
+    return (
+        re.search("/" + re.escape(pattern).replace(r"\*", ".*") + "$", maps, re.MULTILINE)
+        is not None
+    )
 
 
 def _try_load(name: str) -> ctypes.CDLL | None:
