@@ -120,6 +120,7 @@ def export(variant: str, folder: Path = HERE) -> onnx.ModelProto:
 def _strip(proto: onnx.ModelProto) -> None:
     """Removes stack traces and other notes of the exporting machine."""
     graph = proto.graph
+    proto.producer_version = proto.producer_version.partition("+")[0]  # without "+cpu", "+cu130"
     for item in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del item.metadata_props[:]
         item.doc_string = ""
