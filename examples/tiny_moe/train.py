@@ -179,7 +179,7 @@ def train(args: argparse.Namespace) -> None:
         "validation_bits_per_character": round(final / characters / math.log(2), 4),
         "unigram_validation_loss": round(unigram, 4),
         "best_step": best["step"],
-        "loss_unit": "nats a token; validation on the averaged weights, rounded to float16 at the end",
+        "loss_unit": "nats a token; validation on the averaged weights, at the end as float16",
         "data": {
             "source": corpus.SOURCE,
             "sha256": corpus.SHA256,
