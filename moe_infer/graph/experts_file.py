@@ -1,0 +1,111 @@
+"""The experts of matched blocks, written as one stacked safetensors file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infer.graph.external import Constant, numpy_dtype
+from moe_infer.graph.match import GraphView, Match, Part
+from moe_infer.op import SUBLAYERS, ExpertTensor
+from moe_infer.weights import SafetensorsWriter
+
+Constants = Mapping[str, Constant]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def layer_prefix(index: int) -> str:
+    """Prefix of a layer's tensors in the file."""
+    return f"layers.{index}."
+
+
+def open_constants(view: GraphView, match: Match) -> dict[str, Constant]:
+    """The match's weights, checked but not read.
+
+    Raises:
+        ExternalDataError: a weight cannot be read or has the wrong type.
+        ValueError: a shape does not fit the match.
+    """
+    constants = {name: Constant(view.constants[name], view.base_dir) for name in match.constants}
+    for tensor in SUBLAYERS[match.sublayer].tensors:
+        wanted = tensor.resolve_part_shape(match.d_model, match.hidden_size)
+        for name in tensor.parts:
+            part = match.parts[name]
+            shape = constants[part.constant].shape
+            entry = shape[1:][::-1] if part.transpose else shape[1:]
+            rows = len(range(part.start, entry[0], part.step))
+            if shape[0] != match.expert_count or entry[1:] != wanted[1:] or rows < wanted[0]:
+                raise ValueError(
+                    f"weight '{part.constant}' has shape {shape}; for {name} of"
+                    f" {match.expert_count} experts (…, {', '.join(map(str, wanted))}) is needed"
+                )
+    return constants
+
+
+def _dtype(match: Match, tensor: ExpertTensor, constants: Constants) -> str:
+    """Type of a tensor in the file: that of its parts in the graph, float32 if they differ."""
+    found = {constants[match.parts[name].constant].dtype for name in tensor.parts}
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def layer_tensors(
+    match: Match, prefix: str, constants: Constants
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of a layer's tensors by their names in the file."""
+    return {
+        prefix + t.name: (
+            _dtype(match, t, constants),
+            (match.expert_count, *t.shape(match.d_model, match.hidden_size)),
+        )
+        for t in SUBLAYERS[match.sublayer].tensors
+    }
+
+
+def write_experts(
+    path: str | os.PathLike[str],
+    layers: list[tuple[Match, dict[str, Constant]]],
+    advance: Callable[[int], None],
+) -> str:
+    """Writes all layers' experts; holds one tensor of one expert at a time.
+
+    Args:
+        path: the safetensors file, written atomically.
+        layers: matches and their weights, in the order of the prefixes.
+        advance: called with the number of bytes done.
+
+    Returns:
+        The file's digest.
+    """
+    tensors: Tensors = {}
+    for i, (match, constants) in enumerate(layers):
+        tensors.update(layer_tensors(match, layer_prefix(i), constants))
+    with SafetensorsWriter(Path(path), tensors) as writer:
+        for i, (match, constants) in enumerate(layers):
+            for tensor in SUBLAYERS[match.sublayer].tensors:
+                pieces = _experts(match, tensor, constants, advance)
+                writer.write(layer_prefix(i) + tensor.name, pieces)
+    assert writer.digest is not None
+    return writer.digest
+
+
+def _experts(
+    match: Match, tensor: ExpertTensor, constants: Constants, advance: Callable[[int], None]
+) -> Iterator[NDArray[np.generic]]:
+    dtype = numpy_dtype(_dtype(match, tensor, constants))
+    shape = tensor.resolve_part_shape(match.d_model, match.hidden_size)
+    for e in range(match.expert_count):
+        packed = np.empty(tensor.shape(match.d_model, match.hidden_size), dtype)
+        for i, name in enumerate(tensor.parts):
+            packed[i :: len(tensor.parts)] = _part(constants, match.parts[name], e, shape[0])
+        yield packed
+        advance(packed.nbytes)
+
+
+def _part(constants: Constants, part: Part, expert: int, rows: int) -> NDArray[np.generic]:
+    entry = constants[part.constant].entry(expert)
+    matrix = entry.T if part.transpose else entry
+    return matrix[part.start :: part.step][:rows]

@@ -1,0 +1,696 @@
+"""Reads a part of a graph as expressions without layout.
+
+Every axis of a value is a tuple of atoms: ``("t", "k")`` is the flattened axis of (token, chosen
+expert) pairs, ``()`` an axis of size 1. A reshape keeps the order of all atoms and only regroups
+them, so that Reshape, Unsqueeze, Squeeze, Expand and Transpose leave the expression as it is, and
+whatever mixes axes in another way is refused with its reason.
+
+Atoms: the tokens (``t``, or ``b`` and ``s``), ``k`` chosen experts, ``e`` experts, ``d`` hidden
+states, ``h{size}`` intermediate, ``{weight}#{axis}`` of a stored weight.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from moe_infer.graph.expression import Algebra, Expr
+from moe_infer.graph.match import GraphView, attribute, describe, text_attribute
+
+Axis = tuple[str, ...]
+
+MOST_NODES = 4000
+"""Nodes read from one starting point; a MoE block has a few dozen."""
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+_INDEX_OPS = ("top_index", "tokens", "arange_e", "one_hot", "const")
+_DEMANDED = (
+    "Cast",
+    "Transpose",
+    "Identity",
+    "Unsqueeze",
+    "Squeeze",
+    "Reshape",
+    "Expand",
+    "Range",
+    "Constant",
+)
+"""Operators read also when only constants or shapes feed them."""
+
+
+class Opaque(Exception):  # noqa: N818 - a signal inside this package, not an error
+    """A node that cannot be read; the text says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a tensor is: an expression, and the layout in which it lies."""
+
+    axes: tuple[Axis, ...]
+    expr: Expr
+
+    @property
+    def atoms(self) -> Axis:
+        """Atoms in memory order."""
+        return tuple(a for axis in self.axes for a in axis)
+
+
+class Interpreter:
+    """Reads a graph from two named values on: hidden states and router logits."""
+
+    def __init__(self, view: GraphView, hidden_states: str, logits: str) -> None:
+        """Starts at two tensors of rank 2 or 3.
+
+        Raises:
+            Opaque: their shapes are not known well enough.
+        """
+        self.view, self.algebra = view, Algebra()
+        self.env: dict[str, Value] = {}
+        self.opaque: dict[int, str] = {}
+        self.top_nodes: dict[Expr, NodeProto] = {}
+        shape, scores = view.types.shape(hidden_states), view.types.shape(logits)
+        if shape is None or scores is None or len(shape) != len(scores) or len(shape) not in (2, 3):
+            raise Opaque(f"'{hidden_states}' and '{logits}' have no common rank of 2 or 3")
+        d, e = shape[-1], scores[-1]
+        if not isinstance(d, int) or not isinstance(e, int) or e < 2 or d < 2:
+            raise Opaque(f"the last dimensions of '{hidden_states}' and '{logits}' are not known")
+        self.tokens: Axis = ("t",) if len(shape) == 2 else ("b", "s")
+        self.sizes: dict[str, int | None] = {"d": d, "e": e, "k": None}
+        for atom, size in zip(self.tokens, shape, strict=False):
+            self.sizes[atom] = size if isinstance(size, int) else None
+        leading = tuple((a,) for a in self.tokens)
+        self.x = self.algebra.make("hidden_states", (), (), (*self.tokens, "d"))
+        self.logits = self.algebra.make("router_logits", (), (), (*self.tokens, "e"))
+        self.env[hidden_states] = Value((*leading, ("d",)), self.x)
+        self.env[logits] = Value((*leading, ("e",)), self.logits)
+        self.output_axes = (*leading, ("d",))
+
+    def run(self) -> None:
+        """Reads every node that follows from the two values, in the graph's order."""
+        heap = sorted({i for name in self.env for i in self.view.users.get(name, ())})
+        seen = set(heap)
+        for _ in range(MOST_NODES):
+            if not heap:
+                return
+            index = heapq.heappop(heap)
+            for output in self._read(index):
+                for user in self.view.users.get(output, ()):
+                    if user not in seen:
+                        seen.add(user)
+                        heapq.heappush(heap, user)
+
+    def value(self, name: str) -> Value | None:
+        """What a tensor is, if it can be read: from the start, a constant, or a token index."""
+        if name in self.env:
+            return self.env[name]
+        constant = self._constant(name)
+        if constant is not None:
+            self.env[name] = constant
+            return constant
+        index = self.view.position.get(name)
+        if index is None or self.view.nodes[index].op_type not in _DEMANDED:
+            return None
+        if index not in self.opaque:
+            self._read(index)
+        return self.env.get(name)
+
+    def _read(self, index: int) -> list[str]:
+        node = self.view.nodes[index]
+        reader: Callable[[NodeProto], list[Value]] | None = None
+        if node.domain in ("", "ai.onnx"):
+            reader = getattr(self, f"_read_{node.op_type.lower()}", None)
+        outputs = [o for o in node.output if o]
+        if all(o in self.env for o in outputs):
+            return outputs
+        try:
+            if reader is None:
+                raise Opaque(f"{node.op_type} is no part of a MoE block that is known")
+            values = reader(node)
+            for value in values:
+                if len(set(value.atoms)) != len(value.atoms):
+                    raise Opaque("the same axis appears twice in the result")
+        except Opaque as reason:
+            self.opaque[index] = str(reason)
+            return []
+        self.env.update(zip(node.output, values, strict=False))
+        return outputs
+
+    def _input(self, node: NodeProto, position: int) -> Value:
+        name = node.input[position] if position < len(node.input) else ""
+        value = self.value(name) if name else None
+        if value is None:
+            raise Opaque(f"its input '{name}' does not come from the layer's input or a constant")
+        return value
+
+    def _size(self, axis: Axis) -> int | None:
+        total = 1
+        for atom in axis:
+            size = self.sizes.get(atom)
+            if size is None:
+                return None
+            total *= size
+        return total
+
+    # Constants
+
+    def _constant(self, name: str) -> Value | None:
+        view, algebra, experts = self.view, self.algebra, self.sizes["e"]
+        small = view.small(name)
+        if small is not None and small.size == 1:
+            return Value(((),) * small.ndim, algebra.const(float(small.ravel()[0])))
+        if (
+            small is not None
+            and small.size == experts
+            and np.array_equal(small.ravel(), np.arange(experts))
+        ):
+            axes = tuple(("e",) if n == experts else () for n in small.shape)
+            return Value(axes, algebra.make("arange_e", (), (), ("e",)))
+        if small is not None and small.dtype.kind == "i":
+            return self._constant_token_index(small.ravel(), small.shape)
+        tensor = view.constants.get(name)
+        if tensor is None or tensor.data_type not in _FLOATS:
+            return None
+        if len(tensor.dims) < 2 or tensor.dims[0] != experts:
+            return None
+        atoms = ["e", *(f"{name}#{i}" for i in range(1, len(tensor.dims)))]
+        self.sizes.update(zip(atoms, tensor.dims, strict=True))
+        expr = algebra.make("weight", (), (name,), atoms)
+        return Value(tuple((a,) for a in atoms), expr)
+
+    def _constant_token_index(self, values: np.ndarray, shape: tuple[int, ...]) -> Value | None:
+        # With static shapes the exporter folds the token of each pair into a constant.
+        tokens = self._size(self.tokens)
+        if not tokens or values.size % tokens:
+            return None
+        repeat = values.size // tokens
+        if not np.array_equal(values, np.arange(tokens).repeat(repeat)):
+            return None
+        if repeat not in (1, self.sizes["k"]):
+            return None
+        flat = (*self.tokens, *(("k",) if repeat > 1 else ()))
+        value = Value((flat,), self.algebra.make("tokens", (), (), self.tokens))
+        return self._regroup(value, list(shape))
+
+    def _read_constant(self, node: NodeProto) -> list[Value]:
+        raise Opaque("a constant that no known pattern uses")
+
+    def _read_range(self, node: NodeProto) -> list[Value]:
+        start, step = (self.view.small(node.input[i]) for i in (0, 2))
+        if start is None or step is None or start.ravel()[0] != 0 or step.ravel()[0] != 1:
+            raise Opaque("a Range that does not count tokens from 0 by 1")
+        # Its end is computed from shapes. If it were not the number of tokens, the original graph
+        # would fail in its last reshape or give another number of rows than it was given.
+        return [Value((self.tokens,), self.algebra.make("tokens", (), (), self.tokens))]
+
+    # Layout
+
+    def _read_identity(self, node: NodeProto) -> list[Value]:
+        return [self._input(node, 0)]
+
+    def _read_cast(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        if attribute(node, "to", 0) not in _FLOATS and value.expr.op not in _INDEX_OPS:
+            raise Opaque("a Cast of floating-point values to another kind")
+        return [value]
+
+    def _read_transpose(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        given = [list(a.ints) for a in node.attribute if a.name == "perm"]
+        order = given[0] if given else list(range(len(value.axes)))[::-1]
+        return [Value(tuple(value.axes[i] for i in order), value.expr)]
+
+    def _axes(self, node: NodeProto, rank: int, position: int = 1) -> list[int]:
+        given = [list(a.ints) for a in node.attribute if a.name == "axes"]
+        axes = given[0] if given else None
+        if axes is None and len(node.input) > position and node.input[position]:
+            axes = self.view.ints(node.input[position])
+            if axes is None:
+                raise Opaque("axes that are not constant")
+        if axes is None:
+            raise Opaque("no axes are given")
+        if any(not -rank <= a < rank for a in axes):
+            raise Opaque(f"axes {axes} are outside rank {rank}")
+        return sorted(a % rank for a in axes)
+
+    def _read_unsqueeze(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        count = (
+            len(self._axes(node, 64))
+            if len(node.input) < 2
+            else len(self.view.ints(node.input[1]) or ())
+        )
+        axes = self._axes(node, len(value.axes) + count)
+        rest = iter(value.axes)
+        return [
+            Value(
+                tuple(() if i in axes else next(rest) for i in range(len(value.axes) + count)),
+                value.expr,
+            )
+        ]
+
+    def _read_squeeze(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        axes = self._axes(node, len(value.axes))
+        if any(value.axes[a] for a in axes):
+            raise Opaque("a Squeeze of an axis that is not known to have size 1")
+        return [Value(tuple(a for i, a in enumerate(value.axes) if i not in axes), value.expr)]
+
+    def _read_reshape(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        target: list[int | None] | None = None
+        given = self.view.ints(node.input[1])
+        if given is not None:
+            target = list(given)
+            if not attribute(node, "allowzero", 0):
+                # A 0 copies the input's dimension.
+                for i, n in enumerate(given):
+                    if n == 0:
+                        target[i] = self._size(value.axes[i]) if i < len(value.axes) else None
+        if target is None:
+            shape = self.view.types.shape(node.output[0])
+            if shape is None:
+                raise Opaque("a Reshape whose result has no known shape")
+            target = [n if isinstance(n, int) else None for n in shape]
+        return [self._regroup(value, target)]
+
+    def _regroup(self, value: Value, target: Sequence[int | None]) -> Value:
+        atoms = list(value.atoms)
+        dims = [None if n is None or n < 0 else n for n in target]
+        right: list[Axis] = []
+        while dims and dims[-1] is not None:
+            right.insert(0, self._take(atoms, dims.pop(), -1))
+        left: list[Axis] = []
+        while dims and dims[0] is not None:
+            left.append(self._take(atoms, dims.pop(0), 0))
+        if not dims:
+            if atoms:
+                raise Opaque(f"a Reshape to {list(target)} leaves out axes {atoms}")
+            return Value((*left, *right), value.expr)
+        if len(dims) == 1:
+            return Value((*left, tuple(atoms), *right), value.expr)
+        if len(dims) == len(atoms) and all(n is None for n in dims):
+            return Value((*left, *((a,) for a in atoms), *right), value.expr)
+        raise Opaque(f"a Reshape to {list(target)} regroups axes {value.axes} in a way not known")
+
+    def _take(self, atoms: list[str], size: int | None, end: int) -> Axis:
+        taken: list[str] = []
+        product = 1
+        while size is not None and product < size:
+            if not atoms:
+                raise Opaque("a Reshape to more elements than there are")
+            atom = atoms.pop(end)
+            taken.append(atom)
+            known = self.sizes.get(atom)
+            if known is None:
+                raise Opaque(f"a Reshape that gives the axis {atom} a fixed size")
+            product *= known
+        if product != size:
+            raise Opaque(f"a Reshape that cuts the axis {taken} into pieces of {size}")
+        return tuple(taken if end == 0 else taken[::-1])
+
+    def _read_expand(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        given = self.view.ints(node.input[1])
+        shape = given if given is not None else self.view.types.shape(node.output[0])
+        if shape is None or len(shape) < len(value.axes):
+            raise Opaque("an Expand whose result has no known shape")
+        axes = [()] * (len(shape) - len(value.axes)) + list(value.axes)
+        for i, size in enumerate(shape):
+            if axes[i] or size == 1:
+                continue
+            if size in (self.sizes["k"], self.sizes["e"]) and isinstance(size, int):
+                atom = "k" if size == self.sizes["k"] and "k" not in value.atoms else "e"
+                axes[i] = (atom,)
+            elif not isinstance(size, int) and i == 0 and not set(self.tokens) & set(value.atoms):
+                axes[i] = self.tokens
+            else:
+                raise Opaque(f"an Expand to {list(shape)} repeats along an axis that is not known")
+        return [Value(tuple(axes), value.expr)]
+
+    def _half(self, value: Value, axis: int, start: int, step: int, count: int) -> Value:
+        group = value.axes[axis]
+        size = self._size(group)
+        if size is None or len(group) != 1:
+            raise Opaque("a part is taken of an axis whose size is not known")
+        if (start, step, count) == (0, 1, size):
+            return value
+        if count * 2 != size or (step, start) not in ((1, 0), (1, count), (2, 0), (2, 1)):
+            raise Opaque(f"{count} of {size} are taken, from {start} by {step}: not one half")
+        if group[0] in ("t", "b", "s", "k", "e", "d") or "#" in group[0]:
+            raise Opaque(f"a half of the axis {group[0]} is taken")
+        atom = f"h{count}"
+        self.sizes[atom] = count
+        atoms = value.expr.atoms - set(group) | {atom}
+        expr = self.algebra.make("half", (value.expr,), (start, step, count), atoms)
+        return Value((*value.axes[:axis], (atom,), *value.axes[axis + 1 :]), expr)
+
+    def _read_split(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        axis = attribute(node, "axis", 0) % len(value.axes)
+        sizes = self.view.ints(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        total = self._size(value.axes[axis])
+        if (
+            len(node.output) != 2
+            or total is None
+            or (sizes is not None and sizes != [total // 2] * 2)
+        ):
+            raise Opaque("a Split that is not into two halves")
+        return [self._half(value, axis, start, 1, total // 2) for start in (0, total // 2)]
+
+    def _read_slice(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        starts, ends = (self.view.ints(node.input[i]) for i in (1, 2))
+        if starts is None or ends is None or len(starts) != 1 or len(node.input) < 4:
+            raise Opaque("a Slice of more than one axis, or with bounds that are not constant")
+        axis = self._axes(node, len(value.axes), 3)[0]
+        steps = self.view.ints(node.input[4]) if len(node.input) > 4 else [1]
+        size = self._size(value.axes[axis])
+        if size is None or not steps or steps[0] < 1:
+            raise Opaque("a Slice of an axis whose size is not known")
+        start, stop, step = slice(starts[0], ends[0], steps[0]).indices(size)
+        return [self._half(value, axis, start, step, len(range(start, stop, step)))]
+
+    # Arithmetic
+
+    def _align(self, values: Sequence[Value]) -> tuple[Axis, ...]:
+        rank = max(len(v.axes) for v in values)
+        padded = [((),) * (rank - len(v.axes)) + v.axes for v in values]
+        return tuple(self._same([p[i] for p in padded]) for i in range(rank))
+
+    def _same(self, groups: Sequence[Axis]) -> Axis:
+        """The axis that several aligned axes are; size 1 is repeated."""
+        present = list(dict.fromkeys(g for g in groups if g))
+        if len(present) == 2:
+            stored = [g for g in present if len(g) == 1 and "#" in g[0]]
+            other = [g for g in present if g not in stored]
+            # A stored weight's axis takes the name of the axis that it meets.
+            if (
+                len(stored) == 1
+                and len(other) == 1
+                and self._size(stored[0]) == self._size(other[0])
+            ):
+                return other[0]
+        if len(present) > 1:
+            raise Opaque(f"axes {present[0]} and {present[1]} are combined as if they were one")
+        return present[0] if present else ()
+
+    def _elementwise(
+        self, node: NodeProto, combine: Callable[[list[Expr]], Expr | None]
+    ) -> list[Value]:
+        values = [self._input(node, i) for i in range(len(node.input))]
+        expr = combine([v.expr for v in values])
+        if expr is None:
+            raise Opaque(f"{node.op_type} of these values is no part of a known MoE block")
+        return [Value(self._align(values), expr)]
+
+    def _read_mul(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, self.algebra.mul)
+
+    def _read_add(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, self.algebra.add)
+
+    def _read_sub(self, node: NodeProto) -> list[Value]:
+        a = self.algebra
+        return self._elementwise(node, lambda v: a.add((v[0], a.negative(v[1]))))
+
+    def _read_div(self, node: NodeProto) -> list[Value]:
+        a = self.algebra
+        return self._elementwise(node, lambda v: a.mul((v[0], a.recip(v[1]))))
+
+    def _read_neg(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.negative(v[0]))
+
+    def _read_reciprocal(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.recip(v[0]))
+
+    def _read_pow(self, node: NodeProto) -> list[Value]:
+        def power(v: list[Expr]) -> Expr | None:
+            return self.algebra.power(v[0], v[1].value) if v[1].op == "const" else None
+
+        return self._elementwise(node, power)
+
+    def _function(self, node: NodeProto, name: str) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.make(name, v[:1]))
+
+    def _read_sqrt(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "sqrt")
+
+    def _read_sigmoid(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "sigmoid")
+
+    def _read_tanh(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "tanh")
+
+    def _read_exp(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "exp")
+
+    def _read_erf(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "erf")
+
+    def _read_relu(self, node: NodeProto) -> list[Value]:
+        return self._function(node, "relu")
+
+    def _read_gelu(self, node: NodeProto) -> list[Value]:
+        tanh = text_attribute(node, "approximate", "none") == "tanh"
+        return self._function(node, "gelu_tanh" if tanh else "gelu")
+
+    def _read_swish(self, node: NodeProto) -> list[Value]:
+        if any(a.name == "alpha" and a.f != 1.0 for a in node.attribute):
+            raise Opaque("a Swish with an alpha other than 1")
+        a = self.algebra
+        return self._elementwise(node, lambda v: a.mul((v[0], a.make("sigmoid", v[:1]))))
+
+    # Reductions and products
+
+    def _sum_over(self, atoms: Sequence[str], expr: Expr) -> Expr:
+        for atom in atoms:
+            expr = self.algebra.sum(atom, self.sizes.get(atom), expr)
+        return expr
+
+    def _reduced(self, node: NodeProto, value: Value) -> tuple[tuple[Axis, ...], Axis]:
+        """Axes that stay, and the atoms that go."""
+        axes = self._axes(node, len(value.axes))
+        keep = attribute(node, "keepdims", 1)
+        gone = tuple(a for i in axes for a in value.axes[i])
+        left = tuple(
+            () if i in axes else a for i, a in enumerate(value.axes) if keep or i not in axes
+        )
+        return left, gone
+
+    def _read_reducesum(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        axes, gone = self._reduced(node, value)
+        if any("#" in a for a in gone):
+            raise Opaque("a sum along an axis of a stored weight")
+        return [Value(axes, self._sum_over(gone, value.expr))]
+
+    def _read_reducemean(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        axes, gone = self._reduced(node, value)
+        size = self._size(gone)
+        if size is None or any("#" in a for a in gone):
+            raise Opaque("a mean along an axis whose size is not known")
+        mean = (self.algebra.const(1 / size), self._sum_over(gone, value.expr))
+        return [Value(axes, self.algebra.mul(mean))]
+
+    def _read_matmul(self, node: NodeProto) -> list[Value]:
+        a, b = self._input(node, 0), self._input(node, 1)
+        if len(a.axes) < 2 or len(b.axes) < 2:
+            raise Opaque("a MatMul with a vector")
+        batch = self._align([Value(a.axes[:-2], a.expr), Value(b.axes[:-2], b.expr)])
+        expr, out = self._contract(a, b, a.axes[-1], b.axes[-2])
+        axes = (*batch, a.axes[-2], b.axes[-1])
+        return [Value(tuple(out.get(g, g) for g in axes), expr)]
+
+    def _read_einsum(self, node: NodeProto) -> list[Value]:
+        equation = text_attribute(node, "equation", "").replace(" ", "")
+        inputs, arrow, result = equation.partition("->")
+        terms = inputs.split(",")
+        values = [self._input(node, i) for i in range(len(node.input))]
+        if not arrow or "." in equation or len(terms) != 2 or len(values) != 2:
+            raise Opaque(f"an Einsum '{equation}' that is not of two operands")
+        letters: dict[str, list[Axis]] = {}
+        for term, value in zip(terms, values, strict=True):
+            if len(term) != len(value.axes) or len(set(term)) != len(term):
+                raise Opaque(f"an Einsum '{equation}' with a repeated letter")
+            for letter, axis in zip(term, value.axes, strict=True):
+                letters.setdefault(letter, []).append(axis)
+        gone = [c for c in letters if c not in result]
+        if len(gone) == 1 and len(letters[gone[0]]) == 2:
+            left, right = letters[gone[0]]
+            expr, out = self._contract(values[0], values[1], left, right)
+        elif any(_is_weight(v) for v in values):
+            raise Opaque(f"an Einsum '{equation}' with weights that does not contract one axis")
+        else:
+            expr, out = self.algebra.mul(v.expr for v in values), {}
+            for letter in gone:
+                expr = self._sum_over(self._same(letters[letter]), expr)
+        axes = tuple(self._same(letters[c]) for c in result)
+        return [Value(tuple(out.get(g, g) for g in axes), expr)]
+
+    def _contract(
+        self, a: Value, b: Value, left: Axis, right: Axis
+    ) -> tuple[Expr, dict[Axis, Axis]]:
+        """Product summed along one axis, and how an axis of a stored weight is now called."""
+        if _is_weight(a) and _is_weight(b):
+            raise Opaque("a product of two weights")
+        if not _is_weight(a) and not _is_weight(b):
+            group = self._same([left, right])
+            return self._sum_over(group, self.algebra.mul((a.expr, b.expr))), {}
+        weight, x, stored, used = (a, b, left, right) if _is_weight(a) else (b, a, right, left)
+        rows = [g for g in weight.axes if g != stored and len(g) == 1 and "#" in g[0]]
+        if len(stored) != 1 or "#" not in stored[0] or len(rows) != 1 or len(used) != 1:
+            raise Opaque("the experts' weights are contracted along the wrong axis")
+        if self._size(stored) != self._size(used):
+            raise Opaque(f"axes {stored} and {used} differ in size")
+        count = self._size(rows[0])
+        back = used != ("d",) and count == self.sizes["d"]
+        out = "d" if back else f"h{count}"
+        self.sizes[out] = count
+        column = int(stored[0].rpartition("#")[2])
+        return self.algebra.linear(weight.expr, column, used[0], out, x.expr), {rows[0]: (out,)}
+
+    # Routing
+
+    def _read_softmax(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        axis = value.axes[attribute(node, "axis", -1)]
+        if not axis:
+            return [Value(value.axes, self.algebra.const(1))]
+        if axis not in (("e",), ("k",)):
+            raise Opaque("a Softmax along an axis that is neither all experts nor the chosen ones")
+        return [Value(value.axes, self.algebra.softmax(axis[0], value.expr))]
+
+    def _top(self, node: NodeProto, axis: int, k: int, keep: bool) -> list[Value]:
+        value = self._input(node, 0)
+        axis %= len(value.axes)
+        if value.axes[axis] != ("e",):
+            raise Opaque("the largest are not taken along the axis of the experts")
+        if k > 1 and self.sizes["k"] not in (None, k):
+            raise Opaque(f"a second selection, of {k} experts beside {self.sizes['k']}")
+        if k > 1:
+            self.sizes["k"] = k
+        chosen: tuple[Axis, ...] = (("k",),) if k > 1 else ((),) if keep else ()
+        axes = (*value.axes[:axis], *chosen, *value.axes[axis + 1 :])
+        index = self.algebra.top_index(value.expr, k)
+        self.top_nodes.setdefault(index, node)
+        return [Value(axes, self.algebra.at(value.expr, index)), Value(axes, index)]
+
+    def _read_topk(self, node: NodeProto) -> list[Value]:
+        count = self.view.ints(node.input[1])
+        if not attribute(node, "largest", 1):
+            raise Opaque("TopK takes the smallest scores (largest=0)")
+        if not count or count[0] < 1:
+            raise Opaque("the number of experts a token is not constant")
+        return self._top(node, attribute(node, "axis", -1), count[0], keep=True)
+
+    def _read_argmax(self, node: NodeProto) -> list[Value]:
+        if attribute(node, "select_last_index", 0):
+            raise Opaque("ArgMax gives ties to the last expert; MoELayer gives them to the first")
+        return self._top(node, attribute(node, "axis", 0), 1, bool(attribute(node, "keepdims", 1)))[
+            1:
+        ]
+
+    def _read_reducemax(self, node: NodeProto) -> list[Value]:
+        axes = self._axes(node, len(self._input(node, 0).axes))
+        if len(axes) != 1:
+            raise Opaque("a maximum along several axes")
+        return self._top(node, axes[0], 1, bool(attribute(node, "keepdims", 1)))[:1]
+
+    def _read_equal(self, node: NodeProto) -> list[Value]:
+        def equal(v: list[Expr]) -> Expr | None:
+            ops = {e.op: e for e in v}
+            found = "top_index" in ops and "arange_e" in ops
+            return self.algebra.one_hot(ops["top_index"]) if found else None
+
+        return self._elementwise(node, equal)
+
+    def _read_onehot(self, node: NodeProto) -> list[Value]:
+        index = self._input(node, 0)
+        depth, values = self.view.ints(node.input[1]), self.view.small(node.input[2])
+        if index.expr.op != "top_index" or depth != [self.sizes["e"]]:
+            raise Opaque("a OneHot that is not of the chosen expert over all experts")
+        if values is None or list(values.ravel()) != [0, 1]:
+            raise Opaque("a OneHot with values other than 0 and 1")
+        axis = attribute(node, "axis", -1) % (len(index.axes) + 1)
+        axes = (*index.axes[:axis], ("e",), *index.axes[axis:])
+        return [Value(axes, self.algebra.one_hot(index.expr))]
+
+    def _read_gather(self, node: NodeProto) -> list[Value]:
+        data, index = self._input(node, 0), self._input(node, 1)
+        axis = attribute(node, "axis", 0) % len(data.axes)
+        return [self._select(data, index.axes, index.expr, axis)]
+
+    def _read_gathernd(self, node: NodeProto) -> list[Value]:
+        data, index = self._input(node, 0), self._input(node, 1)
+        if attribute(node, "batch_dims", 0) or not index.axes or index.axes[-1]:
+            raise Opaque("a GatherND with more than one index, or with batch_dims")
+        return [self._select(data, index.axes[:-1], index.expr, 0)]
+
+    def _select(self, data: Value, index_axes: tuple[Axis, ...], index: Expr, axis: int) -> Value:
+        axes = (*data.axes[:axis], *index_axes, *data.axes[axis + 1 :])
+        if index.op == "tokens":
+            if data.axes[axis] != self.tokens:
+                raise Opaque("rows are taken by token of something that has no row for each token")
+            return Value(axes, data.expr)
+        if index.op != "top_index":
+            raise Opaque("an index that is neither the chosen expert nor the token")
+        if data.axes[axis] != ("e",):
+            raise Opaque("the chosen expert indexes an axis that is not that of the experts")
+        if data.expr.op != "weight":
+            raise Opaque("the chosen expert indexes something that is no constant stacked weight")
+        return Value(axes, self.algebra.gathered(data.expr, index))
+
+    def _read_gatherelements(self, node: NodeProto) -> list[Value]:
+        data, index = self._input(node, 0), self._input(node, 1)
+        axis = attribute(node, "axis", 0) % len(data.axes)
+        rest = [i for i in range(len(data.axes)) if i != axis]
+        if (
+            index.expr.op != "top_index"
+            or data.axes[axis] != ("e",)
+            or len(index.axes) != len(data.axes)
+        ):
+            raise Opaque("values are not taken at the chosen experts")
+        if any(data.axes[i] != index.axes[i] for i in rest):
+            raise Opaque("values and chosen experts lie along different axes")
+        return [Value(index.axes, self.algebra.at(data.expr, index.expr))]
+
+    def _read_scatterelements(self, node: NodeProto) -> list[Value]:
+        index, updates = self._input(node, 1), self._input(node, 2)
+        axis = attribute(node, "axis", 0) % len(index.axes)
+        chosen = ("k",) if index.expr.atoms & {"k"} else ()
+        if index.expr.op != "top_index" or index.axes[axis] != chosen or index.axes != updates.axes:
+            raise Opaque("a scatter that does not write the chosen experts' values")
+        if text_attribute(node, "reduction", "none") not in ("none", "add") or not self._zeros(
+            node.input[0]
+        ):
+            raise Opaque("a scatter into something that is not known to be zero")
+        expr = self.algebra.mul((self.algebra.one_hot(index.expr), updates.expr))
+        axes = (*index.axes[:axis], ("e",), *index.axes[axis + 1 :])
+        return [Value(axes, self._sum_over(chosen, expr))]
+
+    def _zeros(self, name: str) -> bool:
+        small = self.view.small(name)
+        if small is not None:
+            return not np.any(small)
+        node = self.view.producer(name)
+        if node is None:
+            return False
+        if node.op_type in ("Expand", "Cast", "Identity", "Reshape"):
+            return self._zeros(node.input[0])
+        if node.op_type == "ConstantOfShape":
+            values = [a.t for a in node.attribute if a.name == "value"]
+            return not values or (not any(values[0].raw_data) and not any(values[0].float_data))
+        return False
+
+    def describe_opaque(self, index: int) -> tuple[str, str]:
+        """A node that was not read: its description and the reason."""
+        return describe(self.view.nodes[index]), self.opaque[index]
+
+
+def _is_weight(value: Value) -> bool:
+    return value.expr.op in ("weight", "gathered")

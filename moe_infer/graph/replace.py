@@ -1,0 +1,434 @@
+"""Replaces the part of a graph between given tensors by a MoELayer node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from moe_infer.graph.match import GraphView, describe, values_read
+from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name, infer_types
+from moe_infer.op import DOMAIN, OP_TYPE, OPSET_VERSION, LayerConfig
+
+_SHAPE_OPS = ("Shape", "Size")
+_SHARED_REMEDY = "to keep a copy for it in the graph, pass copy_shared_weights=True"
+_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+class ReplaceError(ValueError):
+    """The part of the graph cannot be replaced; nothing was changed."""
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"{node}: {reason}")
+        self.node, self.reason = node, reason
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What :func:`replace_with_moe_layer` did."""
+
+    node_name: str
+    output: str
+    """The MoELayer's output; its name carries the digest of attributes and weights."""
+    removed_nodes: tuple[str, ...]
+    removed_constants: tuple[str, ...]
+    """Initializers, and outputs of Constant nodes, that nothing reads any more."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes between the layer's inputs and its output."""
+
+    inner: frozenset[int]
+    """Positions of the nodes that compute with the inputs or the weights."""
+    ancestors: frozenset[int]
+    """These, and the nodes that only shapes and constants feed; others may need these too."""
+    weights: tuple[str, ...]
+    """Constants of floating-point type with more than one element that inner nodes read."""
+
+
+def check_region(
+    view: GraphView,
+    *,
+    hidden_states: str,
+    output: str,
+    router_logits: str | None = None,
+    copy_shared_weights: bool = False,
+) -> Region:
+    """Finds the nodes between tensors and checks that they can go.
+
+    Raises:
+        ReplaceError: an inner value is used elsewhere or is an output of the graph, a weight is not
+            constant, is an input of the graph or is used elsewhere; names the node.
+    """
+    sources = {hidden_states} | ({router_logits} if router_logits else set())
+    ancestors, constants = _ancestors(view, output, sources)
+    inner = _inner(view, ancestors, sources)
+    if view.position.get(output) not in inner:
+        raise ReplaceError(
+            f"'{output}'", f"it is not computed from '{hidden_states}'; check the tensors' names"
+        )
+    _check_inner_uses(view, inner, output)
+    weights = tuple(name for name in constants if _is_weight(view, name))
+    # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
+    cast = {o for i in ancestors - inner for o in view.nodes[i].output}
+    if not copy_shared_weights:
+        for name in weights:
+            _check_weight_uses(view, name, inner | _only_casts(view, ancestors, cast))
+    return Region(frozenset(inner), frozenset(ancestors), weights)
+
+
+def replace_with_moe_layer(
+    model: onnx.ModelProto,
+    *,
+    hidden_states: str,
+    output: str,
+    router_logits: str | None = None,
+    config: LayerConfig,
+    name: str | None = None,
+    types: ValueTypes | None = None,
+    copy_shared_weights: bool = False,
+) -> Replacement:
+    """Replaces what lies between ``hidden_states`` (and ``router_logits``) and ``output``.
+
+    The nodes that nothing reads any more and the initializers that only they read are removed;
+    everything else stays as it is, in its order. The new output's name carries a digest of the
+    attributes (the weight file's digest is one of them), since ONNX Runtime's TensorRT engine cache
+    tells models apart by names and not by attributes. If ``output`` is an output of the graph it
+    keeps its name through an Identity.
+
+    Args:
+        model: changed in place.
+        hidden_states: name of the tensor (batch, seq, d_model) or (tokens, d_model).
+        output: name of the tensor that the layer gives, of the same shape.
+        router_logits: name of the scores (..., expert_count), or None when the configuration has
+            ``expert_centroids``.
+        config: attributes of the node.
+        name: of the node; by default ``OUTPUT.MoELayer``.
+        types: of :func:`moe_infer.graph.shapes.infer_types`, before any replacement; inferred here
+            when None. They become value_info, since MoELayer has no inference of its own.
+        copy_shared_weights: replace although other nodes read a weight; the graph then keeps it.
+
+    Raises:
+        ReplaceError: see :func:`check_region`; also when types or shapes do not fit. The model is
+            unchanged.
+        ValueError: the configuration does not fit the inputs.
+    """
+    types = types or infer_types(model)
+    view = GraphView(model, types, Path("."))
+    for tensor in filter(None, (hidden_states, output, router_logits)):
+        if tensor not in view.position and tensor not in view.graph_inputs:
+            raise ReplaceError(f"'{tensor}'", "the graph has no such tensor")
+    region = check_region(
+        view,
+        hidden_states=hidden_states,
+        output=output,
+        router_logits=router_logits,
+        copy_shared_weights=copy_shared_weights,
+    )
+    _check_types(view, hidden_states, output, router_logits, config)
+    node_name = name or f"{output}.{OP_TYPE}"
+    if any(n.name == node_name for n in view.nodes):
+        raise ReplaceError(f"'{node_name}'", "a node of this name exists; give another 'name'")
+    made = f"{output}.moe_{attribute_digest(config)}"
+    node = helper.make_node(
+        OP_TYPE,
+        [hidden_states, *([router_logits] if router_logits else [])],
+        [made],
+        name=node_name,
+        domain=DOMAIN,
+        **config.to_attributes(),
+    )
+    return _replace(view, region, node, output)
+
+
+def attribute_digest(config: LayerConfig) -> str:
+    """Eight hexadecimal digits that change with any attribute."""
+    text = json.dumps(config.to_attributes(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# Finding the region
+
+
+def _ancestors(
+    view: GraphView, output: str, sources: Collection[str]
+) -> tuple[set[int], list[str]]:
+    found: set[int] = set()
+    constants: dict[str, None] = {}
+    stack = [(output, "")]
+    initializers = {t.name for t in view.graph.initializer}
+    while stack:
+        name, reader = stack.pop()
+        if not name or name in sources:
+            continue
+        if name in view.graph_inputs:
+            initial = ", though it has an initial value" if name in initializers else ""
+            raise ReplaceError(
+                reader or f"'{output}'",
+                f"reads '{name}', which is an input of the graph{initial}: weights must be constants, and the layer may"
+                f" depend on {_quoted(sources)} only",
+            )
+        if name in view.constants:
+            constants[name] = None
+        index = view.position.get(name)
+        if index is None or index in found:
+            continue
+        node = view.nodes[index]
+        found.add(index)
+        if any(a.HasField("g") for a in node.attribute):
+            raise ReplaceError(describe(node), "a node with a subgraph lies inside the layer")
+        if node.op_type not in _SHAPE_OPS:
+            stack += [(i, describe(node)) for i in node.input]
+    return found, list(constants)
+
+
+def _inner(view: GraphView, ancestors: set[int], sources: Collection[str]) -> set[int]:
+    """Ancestors that the sources' values reach, other than as shapes."""
+    inner: set[int] = set()
+    reached = set(sources)
+    for index in sorted(ancestors):
+        node = view.nodes[index]
+        if node.op_type not in _SHAPE_OPS and any(i in reached for i in node.input):
+            inner.add(index)
+            reached.update(node.output)
+    return inner
+
+
+def _check_inner_uses(view: GraphView, inner: set[int], output: str) -> None:
+    for index in sorted(inner):
+        node = view.nodes[index]
+        for value in node.output:
+            if value == output or not value:
+                continue
+            if value in view.graph_outputs:
+                raise ReplaceError(
+                    describe(node),
+                    f"its output '{value}', inside the layer, is an output of the graph",
+                )
+            for user in view.users.get(value, ()):
+                if user not in inner:
+                    raise ReplaceError(
+                        describe(node),
+                        f"its output '{value}', inside the layer, is also used by"
+                        f" {describe(view.nodes[user])}",
+                    )
+
+
+def _only_casts(view: GraphView, ancestors: set[int], values: Collection[str]) -> set[int]:
+    """Ancestors outside the inner nodes that only constants feed (casts, transposes of weights)."""
+    found: set[int] = set()
+    for index in sorted(ancestors):
+        node = view.nodes[index]
+        constant = all(
+            i in view.constants or (i in values and view.position.get(i) in found)
+            for i in node.input
+            if i
+        )
+        if constant and node.op_type != "Constant":
+            found.add(index)
+    return found
+
+
+def _is_weight(view: GraphView, name: str) -> bool:
+    tensor = view.constants[name]
+    elements = int(np.prod(tensor.dims, dtype=np.int64))
+    return elements > 1 and tensor.data_type in (*_TYPES, TensorProto.DOUBLE)
+
+
+def _check_weight_uses(view: GraphView, name: str, allowed: Collection[int]) -> None:
+    if name in view.graph_outputs:
+        raise ReplaceError(f"weight '{name}'", "it is an output of the graph")
+    for user in view.users.get(name, ()):
+        node = view.nodes[user]
+        if user not in allowed:
+            raise ReplaceError(
+                describe(node),
+                f"reads '{name}', which is shared with the layer; {_SHARED_REMEDY}",
+            )
+    # A weight may reach another node through its cast.
+    for index in allowed:
+        node = view.nodes[index]
+        if name in node.input and all(i in view.constants for i in node.input if i):
+            for value in node.output:
+                for user in view.users.get(value, ()):
+                    if user not in allowed:
+                        raise ReplaceError(
+                            describe(view.nodes[user]),
+                            f"reads '{name}', which is shared with the layer, through"
+                            f" {describe(node)}; {_SHARED_REMEDY}",
+                        )
+
+
+# Checks of the node
+
+
+def _check_types(
+    view: GraphView, hidden_states: str, output: str, router_logits: str | None, config: LayerConfig
+) -> None:
+    types = view.types
+    shape, result = types.shape(hidden_states), types.shape(output)
+    if shape is None or len(shape) not in (2, 3) or not isinstance(shape[-1], int):
+        raise ReplaceError(
+            f"'{hidden_states}'",
+            f"its shape is {_shape(shape)}; needed is (batch, seq, d_model) or (tokens, d_model)"
+            " with a fixed d_model",
+        )
+    if types.element_type(hidden_states) not in _TYPES:
+        kind = element_type_name(types.element_type(hidden_states))
+        raise ReplaceError(f"'{hidden_states}'", f"its type is {kind}; needed is {_type_names()}")
+    if result is not None and not _may_equal(shape, result):
+        raise ReplaceError(
+            f"'{output}'", f"its shape is {_shape(result)}, that of the input {_shape(shape)}"
+        )
+    config.check_inputs(shape[-1], router_logits is not None)
+    if router_logits is None:
+        return
+    scores = types.shape(router_logits)
+    if scores is None or not _may_equal((*shape[:-1], config.expert_count), scores):
+        wanted = _shape((*shape[:-1], config.expert_count))
+        raise ReplaceError(
+            f"'{router_logits}'", f"its shape is {_shape(scores)}; needed is {wanted}"
+        )
+    given = types.element_type(router_logits)
+    if given not in (TensorProto.FLOAT, types.element_type(hidden_states)):
+        raise ReplaceError(
+            f"'{router_logits}'",
+            f"its type is {element_type_name(given)}; needed is float32 or the input's",
+        )
+
+
+def _may_equal(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    return len(a) == len(b) and all(
+        not (isinstance(x, int) and isinstance(y, int)) or x == y for x, y in zip(a, b, strict=True)
+    )
+
+
+def _shape(shape: Sequence[Dim] | None) -> str:
+    return "not known" if shape is None else "(" + ", ".join(str(d or "?") for d in shape) + ")"
+
+
+def _type_names() -> str:
+    return "float32, float16 or bfloat16"
+
+
+def _quoted(names: Collection[str]) -> str:
+    return " and ".join(f"'{n}'" for n in sorted(names))
+
+
+# Surgery
+
+
+def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> Replacement:
+    model, graph, types = view.model, view.graph, view.types
+    added = [node]
+    # The block may compute in float32 on a float16 input; MoELayer gives its input's type.
+    wanted, given = types.element_type(output), types.element_type(node.input[0])
+    replaced = node.output[0]
+    _add_value_info(graph, types, node.output[0], output, given)
+    if wanted and wanted != given:
+        replaced = f"{node.output[0]}.cast"
+        added.append(
+            helper.make_node("Cast", [node.output[0]], [replaced], f"{node.name}.cast", to=wanted)
+        )
+        _add_value_info(graph, types, replaced, output, wanted)
+    if output in view.graph_outputs:
+        added.append(helper.make_node("Identity", [replaced], [output], f"{node.name}.output"))
+    else:
+        for user in view.users.get(output, ()):
+            _rename_input(view.nodes[user], output, replaced)
+    place = view.position[output]
+    old = view.nodes[place]
+    nodes = [*view.nodes[:place], *added, *view.nodes[place + 1 :]]
+    dead, constants = _dead(nodes, old, {id(view.nodes[i]) for i in region.ancestors}, view)
+    gone = {id(n) for n in dead}
+    keep = [n for n in nodes if id(n) not in gone]
+    del graph.node[:]
+    graph.node.extend(keep)
+    values = {o for n in dead for o in n.output if o} - {output} | ({output} - view.graph_outputs)
+    _remove(graph.initializer, constants)
+    _remove(graph.value_info, constants | values)
+    if not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
+    names = tuple(describe(n) for n in dead)
+    return Replacement(node.name, node.output[0], names, tuple(sorted(constants)))
+
+
+def _rename_input(node: NodeProto, old: str, new: str) -> None:
+    for i, name in enumerate(node.input):
+        if name == old:
+            node.input[i] = new
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.HasField("g") else []
+        for graph in (*graphs, *attribute.graphs):
+            for inner in graph.node:
+                _rename_input(inner, old, new)
+            for result in graph.output:
+                if result.name == old:
+                    result.name = new
+
+
+def _dead(
+    nodes: Sequence[NodeProto], replaced: NodeProto, removable: Collection[int], view: GraphView
+) -> tuple[list[NodeProto], set[str]]:
+    """Nodes of the region that nothing reads any more, and constants that only these read."""
+    uses: dict[str, int] = dict.fromkeys(view.graph_outputs, 1)
+    for node in nodes:
+        for name in values_read(node):
+            uses[name] = uses.get(name, 0) + 1
+    dead = [replaced]
+    read = set(values_read(replaced))
+    for node in reversed(nodes):
+        if id(node) in removable and not any(uses.get(o, 0) for o in node.output if o):
+            dead.append(node)
+            for name in values_read(node):
+                uses[name] -= 1
+                read.add(name)
+    constants = {n for n in read if n in view.constants and not uses.get(n, 0)}
+    return dead, constants
+
+
+def _remove(repeated: list[onnx.TensorProto], names: Collection[str]) -> None:
+    for i in range(len(repeated) - 1, -1, -1):
+        if repeated[i].name in names:
+            del repeated[i]
+
+
+def _add_value_info(
+    graph: onnx.GraphProto, types: ValueTypes, name: str, like: str, kind: int
+) -> None:
+    shape = types.shape(like) or types.shape(name)
+    graph.value_info.append(helper.make_tensor_value_info(name, kind, shape))
+    types.infos[name] = graph.value_info[-1]
+
+
+def add_value_info(model: onnx.ModelProto, types: ValueTypes) -> list[str]:
+    """Writes type and shape of every value that has none in the graph, as far as they are known.
+
+    Returns:
+        Values that still have none, which TensorRT's provider may refuse.
+    """
+    graph = model.graph
+    have = {i.name: i for i in graph.value_info}
+    named = {o.name for o in graph.output}
+    lacking = []
+    for node in graph.node:
+        for name in node.output:
+            if not name or name in named:
+                continue
+            stated = ValueTypes({name: have[name]} if name in have else {})
+            if stated.complete(name):
+                continue
+            if not types.complete(name):
+                lacking.append(name)
+            elif name in have:
+                have[name].CopyFrom(types.infos[name])
+            else:
+                graph.value_info.append(types.infos[name])
+    return lacking

@@ -1,0 +1,99 @@
+"""What a rewrite found and did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_infer.graph.match import NearMiss
+from moe_infer.op import LayerConfig
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One block that became a MoELayer."""
+
+    index: int
+    family: str
+    node_name: str
+    output: str
+    config: LayerConfig
+    d_model: int
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    """Type and shape by name in the weight file."""
+    constants: tuple[str, ...]
+    """Names that the weights had in the graph."""
+    nbytes: int
+    """Of the experts in the weight file."""
+    removed_nodes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        c = self.config
+        normalized = ", normalised" if c.normalize_routing_weights else ""
+        return (
+            f"layer {self.index}: {self.node_name}: {c.expert_count} experts"
+            f" {c.expert_sublayer_type} {self.d_model} x {c.hidden_size}, {c.moe_variant} top {c.top_k}{normalized},"
+            f" {_size(self.nbytes)}, in place of {len(self.removed_nodes)} nodes (family"
+            f" '{self.family}')"
+        )
+
+
+@dataclass
+class RewriteReport:
+    """Result of :func:`moe_infer.rewrite`. False when nothing was rewritten."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    """Parts of blocks that were left as they were, the nearest to a match first."""
+    model_path: Path | None = None
+    """None when nothing matched: nothing is written then."""
+    data_path: Path | None = None
+    expert_weight_path: Path | None = None
+    untyped_values: list[str] = field(default_factory=list)
+    """Values without type and shape; TensorRT's provider may refuse the graph because of them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+    def __str__(self) -> str:
+        lines = [str(layer) for layer in self.layers]
+        if self.layers:
+            total = sum(layer.nbytes for layer in self.layers)
+            lines.insert(
+                0, f"{_count(len(self.layers), 'MoE layer')} rewritten, {_size(total)} of experts:"
+            )
+        else:
+            lines.append("no MoE layer was found; nothing was written")
+        if self.near_misses:
+            title = "left as they were" if self.layers else "the nearest to one"
+            lines.append(f"{title}:")
+            lines += [f"  {miss}" for miss in self.near_misses]
+        elif not self.layers:
+            lines.append("the graph has no TopK and no ArgMax that could choose experts")
+        for label, path in (
+            ("model", self.model_path),
+            ("other weights", self.data_path),
+            ("experts", self.expert_weight_path),
+        ):
+            if path is not None:
+                lines.append(f"{label}: {path}")
+        if self.untyped_values:
+            shown = [*self.untyped_values[:5], *["..."] * (len(self.untyped_values) > 5)]
+            count = _count(len(self.untyped_values), "value")
+            lines.append(
+                f"{count} without type and shape, which TensorRT may refuse: {', '.join(shown)}"
+            )
+        return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(nbytes: int) -> str:
+    value = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,270 @@
+"""``moe_infer.rewrite``: finds the MoE blocks of a model and makes MoELayer nodes of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from moe_infer.graph.experts_file import (
+    layer_prefix,
+    layer_tensors,
+    open_constants,
+    write_experts,
+)
+from moe_infer.graph.external import Constant, all_tensors, model_dir
+from moe_infer.graph.families import FAMILIES
+from moe_infer.graph.match import GraphView, Match, NearMiss
+from moe_infer.graph.replace import (
+    ReplaceError,
+    add_value_info,
+    check_region,
+    replace_with_moe_layer,
+)
+from moe_infer.graph.report import LayerReport, RewriteReport
+from moe_infer.graph.save import bytes_to_move, save_model
+from moe_infer.graph.shapes import ValueTypes, infer_types
+from moe_infer.op import LayerConfig
+from moe_infer.weights import open_expert_weights, open_weight_file
+
+MODEL_NAME = "model.onnx"
+EXPERTS_NAME = "experts.safetensors"
+
+Layer = tuple[Match, dict[str, Constant]]
+
+
+def rewrite(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    out_dir: str | os.PathLike[str],
+    *,
+    max_concurrency: int | None = None,
+    expert_weight_file: str | os.PathLike[str] | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+    copy_shared_weights: bool = False,
+    progress: bool | None = None,
+) -> RewriteReport:
+    """Replaces every MoE block of a model by a MoELayer node and writes the experts to a file.
+
+    Requires opset 13 or newer. Writes ``out_dir/model.onnx``, ``out_dir/experts.safetensors`` and,
+    if the model has external data left, ``out_dir/model.onnx.data``, each under a temporary name
+    first. External data is never loaded whole: memory holds the graph and one tensor of one expert.
+
+    No match is no error: the report says how far the nearest went, and nothing is written. A block
+    that cannot be replaced (a weight that is shared, an inner value used elsewhere) is left as it
+    is and reported in the same way.
+
+    Args:
+        model: path of an ONNX model, or the model itself (not changed).
+        out_dir: made if it does not exist.
+        max_concurrency: most experts of a layer on the GPU at once. None: all of them, which is
+            what the original graph needs and the fastest; give a number when they do not fit.
+        expert_weight_file: an existing file with these experts under the prefixes ``layers.N.``,
+            which the nodes shall refer to instead of a new one. Its index is checked.
+        base_dir: folder of the external data when ``model`` is no path; the working directory by
+            default.
+        copy_shared_weights: replace also blocks whose weights other nodes read; the graph then
+            keeps these weights beside the expert file.
+        progress: show a progress bar; None: if standard error is a terminal.
+
+    Returns:
+        What matched, what nearly did, and what was written.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the output would overwrite the model or its data; or its external data is
+            refused (:class:`moe_infer.graph.external.ExternalDataError`).
+        moe_infer.weights.WeightFileError: ``expert_weight_file`` does not hold these experts.
+    """
+    proto, folder = _load(model, base_dir)
+    target = Path(out_dir)
+    types = infer_types(proto)
+    view = GraphView(proto, types, folder)
+    report = RewriteReport()
+    layers = _find(view, report, copy_shared_weights)
+    if not layers:
+        return report
+    _refuse_overwriting(model, folder, target, view)
+    target.mkdir(parents=True, exist_ok=True)
+    experts = Path(expert_weight_file) if expert_weight_file is not None else target / EXPERTS_NAME
+    with _progress(progress, "writing experts", sum(_nbytes(layer) for layer in layers)) as advance:
+        if expert_weight_file is None:
+            digest = write_experts(experts, layers, advance)
+        else:
+            digest = open_weight_file(experts).digest
+    named = experts.name if expert_weight_file is None else _relative(experts, target)
+    for i, layer in enumerate(layers):
+        config = _config(layer[0], i, named, digest, max_concurrency)
+        if expert_weight_file is not None:
+            open_expert_weights(config, layer[0].d_model, base_dir=target)
+        report.layers.append(_replace(proto, types, i, layer, config, copy_shared_weights))
+    report.untyped_values = add_value_info(proto, types)
+    with _progress(progress, "writing model", bytes_to_move(proto)) as advance:
+        report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
+    report.model_path, report.expert_weight_path = target / MODEL_NAME, experts
+    return report
+
+
+def find(model: onnx.ModelProto, base_dir: Path | None = None) -> list[Match | NearMiss]:
+    """Every MoE block that a family recognises, and every part of one, in the graph's order."""
+    view = GraphView(model, infer_types(model), base_dir or Path.cwd())
+    return list(_candidates(view))
+
+
+def _candidates(view: GraphView) -> Iterator[Match | NearMiss]:
+    for family in FAMILIES.values():
+        yield from family(view)
+
+
+def _load(
+    model: str | os.PathLike[str] | onnx.ModelProto, base_dir: str | os.PathLike[str] | None
+) -> tuple[onnx.ModelProto, Path]:
+    if isinstance(model, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy, Path(base_dir) if base_dir is not None else Path.cwd()
+    path = Path(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"model {path} does not exist")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no public base class
+        raise ValueError(f"{path} is no ONNX model: {error}") from error
+    return proto, Path(base_dir) if base_dir is not None else model_dir(path)
+
+
+def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Layer]:
+    """Blocks that can be replaced, each output once; the others go to the report."""
+    layers: list[Layer] = []
+    taken: set[str] = set()
+    for candidate in _candidates(view):
+        if isinstance(candidate, NearMiss):
+            report.near_misses.append(candidate)
+            continue
+        if candidate.output in taken:
+            continue
+        try:
+            check_region(
+                view,
+                hidden_states=candidate.hidden_states,
+                output=candidate.output,
+                router_logits=candidate.router_logits,
+                copy_shared_weights=copy_shared,
+            )
+            layers.append((candidate, open_constants(view, candidate)))
+        except ReplaceError as error:
+            report.near_misses.append(_refused(candidate, error.node, error.reason))
+        taken.add(candidate.output)
+    report.near_misses.sort(key=lambda m: -m.stage)
+    return layers
+
+
+def _refused(match: Match, node: str, reason: str) -> NearMiss:
+    return NearMiss(match.family, match.anchor, 100, node, reason)
+
+
+def _config(
+    match: Match, index: int, file: str, digest: str, concurrency: int | None
+) -> LayerConfig:
+    return LayerConfig.from_attributes(
+        {
+            "expert_count": match.expert_count,
+            "hidden_size": match.hidden_size,
+            "expert_sublayer_type": match.sublayer,
+            "expert_weight_file": file,
+            "expert_weight_prefix": layer_prefix(index),
+            "expert_weight_digest": digest,
+            "max_concurrency": match.expert_count if concurrency is None else concurrency,
+            "top_k": match.top_k,
+            "moe_variant": match.router,
+            "normalize_routing_weights": int(match.normalize),
+        }
+    )
+
+
+def _replace(
+    proto: onnx.ModelProto,
+    types: ValueTypes,
+    index: int,
+    layer: Layer,
+    config: LayerConfig,
+    copy_shared: bool,
+) -> LayerReport:
+    match, constants = layer
+    done = replace_with_moe_layer(
+        proto,
+        hidden_states=match.hidden_states,
+        output=match.output,
+        router_logits=match.router_logits,
+        config=config,
+        name=f"MoELayer.{index}",
+        types=types,
+        copy_shared_weights=copy_shared,
+    )
+    return LayerReport(
+        index=index,
+        family=match.family,
+        node_name=done.node_name,
+        output=done.output,
+        config=config,
+        d_model=match.d_model,
+        tensors=layer_tensors(match, config.expert_weight_prefix, constants),
+        constants=match.constants,
+        nbytes=_nbytes(layer),
+        removed_nodes=done.removed_nodes,
+    )
+
+
+def _nbytes(layer: Layer) -> int:
+    match, constants = layer
+    tensors = layer_tensors(match, "", constants)
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}
+    total = 0
+    for dtype, shape in tensors.values():
+        size = width[dtype]
+        for n in shape:
+            size *= n
+        total += size
+    return total
+
+
+def _refuse_overwriting(model: object, folder: Path, target: Path, view: GraphView) -> None:
+    tensors = list(all_tensors(view.graph))
+    locations = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    sources = {folder.resolve() / location for location in locations}
+    if isinstance(model, str | os.PathLike):
+        sources.add(Path(model).resolve())
+    for name in (MODEL_NAME, MODEL_NAME + ".data", EXPERTS_NAME):
+        if (target / name).resolve() in {s.resolve() for s in sources}:
+            raise ValueError(
+                f"writing {target / name} would overwrite the model that is read; give"
+                " another out_dir"
+            )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Relative to the model's folder if it lies inside, else absolute."""
+    full, base = path.resolve(), folder.resolve()
+    return full.relative_to(base).as_posix() if full.is_relative_to(base) else str(full)
+
+
+@contextmanager
+def _progress(wanted: bool | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)
