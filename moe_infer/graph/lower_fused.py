@@ -1,0 +1,84 @@
+"""Experts through ONNX Runtime's fused operator ``com.microsoft.MoE``, where it computes the same.
+
+What it does was found by experiment (docs/lowering.md): its routing input are logits, over which
+it takes a softmax, but among equal logits it does not choose the lower index, and a NaN gives
+zeros. So the routing is done before it: it gets the chosen experts' scores and minus infinity for
+the others, which leaves it no choice, and its output is multiplied by the sum of the token's
+weights (NaN for a token with a NaN among its scores).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from moe_infer.graph.lower_builder import MICROSOFT, Builder
+from moe_infer.graph.lower_data import ExpertData
+from moe_infer.graph.lower_nodes import LayerNode
+from moe_infer.graph.lower_router import Routing
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
+
+_CUDA_ALIGNMENT = 8
+"""Elements by which both sizes of an expert must divide: 16 bytes of a 16-bit type."""
+
+_ELEMENT = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+def why_not_fused(layer: LayerNode, provider: str) -> str:
+    """Why ``com.microsoft.MoE`` cannot compute the layer on that provider; "" if it can."""
+    config = layer.config
+    if config.expert_sublayer_type != "Gated_SiLU":
+        return f"it has no sub-layer {config.expert_sublayer_type}"
+    stacked = [layer.weights.stacked(t.name) for t in config.sublayer.tensors]
+    if any(info is None or not info.stored for info in stacked):
+        return "the experts are not stacked in the file, stored as they are"
+    dtypes = {info.dtype for info in stacked if info is not None}
+    if provider == CPU_PROVIDER:
+        # Its float16 kernel converts the experts of a layer in every run.
+        return "" if dtypes == {"float32"} else "on the CPU it takes float32 weights"
+    if layer.dtype == "float32" or dtypes != {layer.dtype}:
+        return f"the weights must have the graph's type, one of {', '.join(_ELEMENT)}"
+    if config.hidden_size % _CUDA_ALIGNMENT or layer.d_model % _CUDA_ALIGNMENT:
+        return f"d_model and hidden_size must be multiples of {_CUDA_ALIGNMENT}"
+    if not config.router.single_expert and layer.router_logits is None:
+        return "its routing input would round the scores to the graph's type"
+    return ""
+
+
+def lower_fused(
+    b: Builder, layer: LayerNode, data: ExpertData, x: str, routing: Routing, provider: str
+) -> str:
+    """Adds the experts of one layer; see ``lower_experts`` for arguments and result."""
+    element = TensorProto.FLOAT if provider == CPU_PROVIDER else _ELEMENT[layer.dtype]
+    gate_up, down = (data.stacked(layer, name) for name in ("gate_up", "down"))
+    logits = _only_the_chosen(b, layer, routing)
+    output = b.op(
+        "MoE",
+        b.cast(x, element),
+        b.cast(logits, element),
+        gate_up.name,
+        "",
+        down.name,
+        domain=MICROSOFT,
+        k=layer.config.top_k,
+        normalize_routing_weights=0,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=1.0,
+        activation_beta=0.0,
+    )
+    total = b.sum(routing.weights, 1, keep=True)
+    return b.op("Mul", b.cast(output, TensorProto.FLOAT), total)
+
+
+def _only_the_chosen(b: Builder, layer: LayerNode, routing: Routing) -> str:
+    """(tokens, expert_count): scores of the chosen experts, minus infinity for the others."""
+    chosen = routing.chosen
+    if layer.config.router.single_expert:
+        # One expert has the softmax's whole weight; its own score, which may be infinite, is not
+        # needed.
+        chosen = b.op("Expand", b.scalar(0.0), b.op("Shape", chosen))
+    nothing = b.op("Expand", b.scalar(-np.inf), b.op("Shape", routing.scores))
+    return b.op("ScatterElements", nothing, routing.experts, chosen, axis=1)
