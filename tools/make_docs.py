@@ -104,7 +104,9 @@ def fill(text: str) -> str:
 def main() -> int:
     """Rewrites the files, or with --check says which ones are out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, fail when out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, fail when out of date"
+    )
     check = parser.parse_args().check
     stale = []
     for name in FILES:
