@@ -265,7 +265,7 @@ def _why_not_built() -> str:
     except (OSError, ValueError, KeyError, TypeError):
         missing = ""
     if missing:
-        return f"the plugin was not built when moe-infer was installed ({missing}); {BUILD_HINT}"
+        return f"moe-infer was installed without the plugin ({missing}); {BUILD_HINT}"
     return f"the plugin is not built: there is no {LIBRARY_NAME}; {BUILD_HINT}"
 
 
