@@ -36,7 +36,8 @@ struct SlotLayout {
   SlotLayout(std::vector<ExpertTensor> const& tensors, DataType dtype);
 };
 
-// A group of experts and the rows that chose them; the arrays are on the device.
+// Experts and the rows that chose them; the arrays are on the device. The groups of a call are consecutive experts:
+// all of a layer, or one.
 //   group g runs the expert whose weights lie at slots + slot_of_group[g] * slot_bytes
 //   on rows row_begin[g] .. row_end[g] of input and output.
 struct ExpertGroups {

@@ -1,0 +1,64 @@
+// output[t] = weighted sum of the rows of t's choices, in float32 and in the order of the choices; a block a token.
+#include <algorithm>
+
+#include "core/cuda_check.h"
+#include "core/element.cuh"
+#include "route/route.h"
+
+namespace moe_infer {
+namespace {
+
+// kCount: elements a thread handles at once. kKeep: base_layer, which keeps (1 - weight) of the hidden states.
+template <class T, int kCount, bool kKeep>
+__global__ void combine_kernel(T const* __restrict__ expert_output, T const* __restrict__ hidden_states,
+                               int32_t const* __restrict__ row_of_choice, float const* __restrict__ weight_of_choice,
+                               int64_t d_model, int32_t top_k, T* __restrict__ output) {
+  using Unit = Pack<T, kCount>;
+  int64_t const token = blockIdx.x;
+  int32_t const* const rows = row_of_choice + token * top_k;
+  float const* const weights = weight_of_choice + token * top_k;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kCount; column < d_model;
+       column += static_cast<int64_t>(blockDim.x) * kCount) {
+    float sums[kCount] = {};
+    for (int32_t k = 0; k < top_k; ++k) {
+      float const weight = weights[k];
+      Unit const unit = *reinterpret_cast<Unit const*>(expert_output + rows[k] * d_model + column);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] = fmaf(weight, to_float(unit.value[i]), sums[i]);
+    }
+    if constexpr (kKeep) {
+      float const kept = 1.0F - weights[0];
+      Unit const unit = *reinterpret_cast<Unit const*>(hidden_states + token * d_model + column);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] = fmaf(kept, to_float(unit.value[i]), sums[i]);
+    }
+    Unit result;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.value[i] = from_float<T>(sums[i]);
+    *reinterpret_cast<Unit*>(output + token * d_model + column) = result;
+  }
+}
+
+}  // namespace
+
+void combine(void const* expert_output, void const* hidden_states, DataType dtype, Router router, int64_t tokens,
+             int64_t d_model, int32_t top_k, Routing const& routing, void* output, cudaStream_t stream) {
+  if (tokens == 0) return;
+  bool const keep = router == Router::kBaseLayer;
+  with_element(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr int kWide = kPackSize<T>;
+    bool const wide =
+        d_model % kWide == 0 && is_aligned(expert_output) && is_aligned(output) && (!keep || is_aligned(hidden_states));
+    auto* const kernel = wide ? (keep ? &combine_kernel<T, kWide, true> : &combine_kernel<T, kWide, false>)
+                              : (keep ? &combine_kernel<T, 1, true> : &combine_kernel<T, 1, false>);
+    int64_t const units = wide ? d_model / kWide : d_model;
+    auto const threads = static_cast<unsigned>(std::min<int64_t>(256, (units + 31) / 32 * 32));
+    kernel<<<static_cast<unsigned>(tokens), threads, 0, stream>>>(
+        static_cast<T const*>(expert_output), static_cast<T const*>(hidden_states), routing.row_of_choice,
+        routing.weight_of_choice, d_model, top_k, static_cast<T*>(output));
+  });
+  MOE_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace moe_infer

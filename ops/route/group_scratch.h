@@ -1,0 +1,12 @@
+// How much scratch the sort in group.cu needs; Routing::layout is the only caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe_infer {
+
+// Bytes for the sorted keys and CUB's own scratch. Asks CUB, hence the current CUDA device.
+size_t group_scratch_bytes(int64_t rows, int32_t experts);
+
+}  // namespace moe_infer

@@ -1,0 +1,49 @@
+// The one place that sizes and slices the routing's workspace.
+#include "route/group_scratch.h"
+#include "route/route.h"
+
+namespace moe_infer {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+// Hands out aligned slices of a workspace; without a base it only counts.
+class Slices {
+ public:
+  explicit Slices(uint8_t* base) : base_(base) {}
+
+  template <class T>
+  T* take(size_t count) {
+    T* slice = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return slice;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* base_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace
+
+size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_logits, uint8_t* base,
+                       Routing* routing) {
+  size_t const rows = static_cast<size_t>(tokens) * static_cast<size_t>(top_k);
+  size_t const columns = static_cast<size_t>(experts);
+  Slices slices(base);
+  Routing r;
+  r.scores = slices.take<float>(has_logits ? 0 : static_cast<size_t>(tokens) * columns);
+  r.expert_of_choice = slices.take<int32_t>(rows);
+  r.weight_of_choice = slices.take<float>(rows);
+  r.choice_of_row = slices.take<int32_t>(rows);
+  r.row_of_choice = slices.take<int32_t>(rows);
+  r.row_begin = slices.take<int32_t>(columns + 1);
+  r.counts = slices.take<int32_t>(columns);
+  r.sort_scratch_bytes = group_scratch_bytes(static_cast<int64_t>(rows), experts);
+  r.sort_scratch = slices.take<uint8_t>(r.sort_scratch_bytes);
+  if (routing != nullptr) *routing = r;
+  return slices.bytes();
+}
+
+}  // namespace moe_infer
