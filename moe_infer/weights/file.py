@@ -37,7 +37,7 @@ class WeightFile(ABC):
         self.path = path
         # O_NONBLOCK: opening a FIFO must not wait for somebody to write to it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise WeightFileError(
@@ -47,9 +47,12 @@ class WeightFile(ABC):
                 raise WeightFileError(f"{path} is empty (0 bytes); copy or write it again")
             self._identity = _identity(status)
             self.size = status.st_size
-            self._data: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(
-                file, dtype=np.uint8, mode="r", shape=(status.st_size,)
-            )
+            with open(descriptor, "rb", closefd=False) as file:
+                self._data: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(
+                    file, dtype=np.uint8, mode="r", shape=(status.st_size,)
+                )
+        finally:
+            os.close(descriptor)
 
     def bytes_at(self, begin: int, end: int) -> bytes:
         """A copy of the file's bytes from ``begin`` up to ``end``."""
