@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -81,10 +82,8 @@ def test_every_single_bit_of_the_data_is_verified(name: str, tmp_path: Path) -> 
         whole = bytearray(ORIGINAL[name])
         whole[at] ^= 1 << (at % 8)
         path.write_bytes(whole)
-        try:
+        with contextlib.suppress(WeightFileError):
             assert contents(path) == expected, f"byte {at}"
-        except WeightFileError:
-            pass
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -95,10 +94,8 @@ def test_any_bytes(suffix: str, data: bytes) -> None:
         path = Path(folder) / f"w{suffix}"
         for start in (b"", b"PK\3\4", len(data).to_bytes(8, "little")):
             path.write_bytes(start + data)
-            try:
+            with contextlib.suppress(WeightFileError):
                 contents(path)
-            except WeightFileError:
-                pass
 
 
 @settings(max_examples=60, deadline=None)

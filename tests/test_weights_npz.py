@@ -333,9 +333,7 @@ def test_odd_headers(tmp_path: Path) -> None:
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
         member = npy(ARRAY)[:8] + struct.pack("<H", 118) + text.encode() + ARRAY.tobytes()
         refuse(tmp_path, archive(("a.npy", member)), "has the .npy header .*; save a plain array")
-    refuse(
-        tmp_path, archive(("a.npy", npy(ARRAY, shape=(2**63, 1)))), "a dimension is over"
-    )
+    refuse(tmp_path, archive(("a.npy", npy(ARRAY, shape=(2**63, 1)))), "a dimension is over")
     refuse(tmp_path, archive(("a.npy", npy(ARRAY, shape=(2**40, 2**40)))), "overflows")
     refuse(tmp_path, archive(("a.npy", npy(ARRAY, shape=(1,) * 9))), "has 9 dimensions")
     refuse(

@@ -183,7 +183,7 @@ def test_changed_weights_fail_verification(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(whole)
     file = open_weight_file(path)  # the index is intact
-    with pytest.raises(WeightFileError, match="sha256 is .* but the header says"):
+    with pytest.raises(WeightFileError, match=r"sha256 is .* but the header says"):
         file.verify_content()
 
 

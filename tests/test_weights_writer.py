@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,9 +148,9 @@ def test_what_cannot_be_announced(tmp_path: Path) -> None:
     ):
         with pytest.raises(WeightFileError, match=message):
             SafetensorsWriter(path, kinds)
-    with pytest.raises(WeightFileError, match="must end in .safetensors"):
+    with pytest.raises(WeightFileError, match=r"must end in \.safetensors"):
         SafetensorsWriter(tmp_path / "w.bin", KINDS)
-    with pytest.raises(WeightFileError, match="must end in .npz"):
+    with pytest.raises(WeightFileError, match=r"must end in \.npz"):
         write_npz(tmp_path / "w.bin", [])
     with pytest.raises(WeightFileError, match="inside the writer's with block"):
         SafetensorsWriter(path, KINDS).write("float32", A)
@@ -195,3 +198,20 @@ def test_memory_is_that_of_one_piece(form: str, tmp_path: Path) -> None:
     assert path.stat().st_size > pieces * 4 * size
     # The generator makes the next piece while the last is still referred to.
     assert peak < 3 * 4 * size
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    """The code blocks of docs/weight-files.md, each in a process of its own folder."""
+    page = (Path(__file__).parent.parent / "docs/weight-files.md").read_text()
+    sources = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(sources) == 2
+    for source in sources:
+        done = subprocess.run(
+            [sys.executable, "-c", source],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["experts.npz", "experts.safetensors"]
