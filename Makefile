@@ -70,7 +70,7 @@ $(VENV)/.cpu: pyproject.toml setup.py VERSION | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.build: pyproject.toml | $(VENV)/bin/pip
-	$(BIN)/python $(PIP_INSTALL) setuptools meson ninja
+	$(BIN)/python $(PIP_INSTALL) 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.cpu $(VENV)/.build
@@ -91,5 +91,5 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.cpu
 
 $(VENV_GPU)/.gpu: pyproject.toml setup.py VERSION
 	sh tools/make_venv.sh $(PYTHON) $(VENV_GPU)
-	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test]' setuptools meson ninja
+	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test]' 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
 	@touch $@

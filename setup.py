@@ -18,9 +18,14 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Distribution, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # the first that reads our pyproject.toml
+    sys.exit(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
