@@ -264,6 +264,16 @@ def test_bad_directory_entries(tmp_path: Path) -> None:
     refuse(tmp_path, data, "is one of several parts; expected a single file")
 
 
+def test_directory_over_the_cap(tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    with path.open("wb") as file:
+        file.truncate(100_000_001)  # sparse
+        file.seek(100_000_001)
+        file.write(struct.pack("<4s4H2LH", END, 0, 0, 1, 1, 100_000_001, 0, 0))
+    with pytest.raises(WeightFileError, match="has 100000001 bytes; at most 100000000 are allowed"):
+        open_weight_file(path)
+
+
 def test_data_outside(tmp_path: Path) -> None:
     data = archive(("a.npy", npy(ARRAY)))
     for signature, at in ((LOCAL, 18), (CENTRAL, 20)):

@@ -14,6 +14,8 @@ from moe_infer.weights.errors import WeightFileError, shown
 MAX_BYTES = 2**63 - 1
 """Largest size or offset; the C++ side keeps them in 64 bits."""
 MAX_RANK = 8
+MAX_INDEX_BYTES = 100_000_000
+"""Longest safetensors header (as the format's own library has it) or zip directory."""
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Types that weights can have; all little-endian."""
 

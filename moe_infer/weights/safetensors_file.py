@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from moe_infer.weights.errors import WeightFileError
 from moe_infer.weights.file import WeightFile, index_digest
-from moe_infer.weights.index import TensorInfo
-from moe_infer.weights.safetensors_header import MAX_HEADER, parse_header
+from moe_infer.weights.index import MAX_INDEX_BYTES, TensorInfo
+from moe_infer.weights.safetensors_header import parse_header
 
 CONTENT_KEY = "content_sha256"
 """Key in ``__metadata__``: sha256 over the sha256 of every tensor, in the order of the data.
@@ -37,9 +37,9 @@ class SafetensorsFile(WeightFile):
                 f" {self.size - 8} follow; the file is truncated or no safetensors file, copy or"
                 " write it again"
             )
-        if length > MAX_HEADER:
+        if length > MAX_INDEX_BYTES:
             raise WeightFileError(
-                f"{path}: the safetensors header has {length} bytes; at most {MAX_HEADER} are"
+                f"{path}: the safetensors header has {length} bytes; at most {MAX_INDEX_BYTES} are"
                 " allowed; split the file"
             )
         header = self.bytes_at(8, 8 + length)

@@ -16,8 +16,6 @@ from moe_infer.weights.index import (
     tensor_nbytes,
 )
 
-MAX_HEADER = 100_000_000
-"""Longest header in bytes, as the format's own library has it."""
 ALIGNMENT = 256
 """The writer pads the header so that the data begin at a multiple of this; readers do not care."""
 

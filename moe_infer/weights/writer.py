@@ -15,11 +15,11 @@ import numpy as np
 from moe_infer.weights.atomic import AtomicFile
 from moe_infer.weights.errors import WeightFileError, shown
 from moe_infer.weights.file import index_digest
-from moe_infer.weights.index import ITEM_SIZES, numpy_dtype
+from moe_infer.weights.index import ITEM_SIZES, MAX_INDEX_BYTES, numpy_dtype
 from moe_infer.weights.npy_header import ALIGNMENT, build_npy_header
 from moe_infer.weights.npz_file import NpzFile
 from moe_infer.weights.safetensors_file import CONTENT_KEY, content_digest, data_order
-from moe_infer.weights.safetensors_header import MAX_HEADER, build_header, parse_header
+from moe_infer.weights.safetensors_header import build_header, parse_header
 
 _CHUNK = 1 << 24
 _NO_DIGEST = "0" * 64
@@ -52,10 +52,10 @@ class SafetensorsWriter:
                 f"{self.path}: the name must end in .safetensors; give it that ending"
             )
         self._header = build_header(tensors, {**(metadata or {}), CONTENT_KEY: _NO_DIGEST})
-        if len(self._header) > MAX_HEADER:
+        if len(self._header) > MAX_INDEX_BYTES:
             raise WeightFileError(
                 f"{self.path}: the header would have {len(self._header)} bytes; at most"
-                f" {MAX_HEADER} are allowed; split the file or stack the tensors"
+                f" {MAX_INDEX_BYTES} are allowed; split the file or stack the tensors"
             )
         # The reader's own check, so that nothing is written that would be refused.
         sizes = sum(_size(dtype, shape) for dtype, shape in tensors.values())

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_infer.weights.errors import WeightFileError, shown
-from moe_infer.weights.index import check_layout
+from moe_infer.weights.index import MAX_INDEX_BYTES, check_layout
 
 STORED, DEFLATED = 0, 8
 
@@ -111,6 +111,11 @@ def _find_directory(where: str, read: Reader, file_size: int) -> tuple[int, int,
         raise WeightFileError(
             f"{where}: the zip directory should end at byte {begin + size} ({size} bytes from"
             f" {begin}), but its end record is at {end}; {_DAMAGED}"
+        )
+    if size > MAX_INDEX_BYTES:
+        raise WeightFileError(
+            f"{where}: the zip directory has {size} bytes; at most {MAX_INDEX_BYTES} are allowed;"
+            " split the file"
         )
     if count * _CENTRAL.size > size:
         raise WeightFileError(
