@@ -1,9 +1,0 @@
-#include "gemm/tensor_op_grouped.cuh"
-
-namespace moe_infer {
-
-void grouped_gemm_bfloat16(GroupedGemm const& gemm, Problems const& problems) {
-  run_cutlass_grouped<TensorOpGrouped<cutlass::bfloat16_t>>(gemm, problems);
-}
-
-}  // namespace moe_infer
