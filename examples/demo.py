@@ -12,9 +12,11 @@ unrewritten graph; the exit code is 1 if they differ by 1e-3 or more.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 # Logits of two runtimes are compared to 1e-3: TF32 would round the factors to 10 bits.
@@ -60,7 +62,9 @@ def generate(
     ids = list(prompt)
     bar = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn())
     start = time.perf_counter()
-    with Progress(*bar, console=console, transient=True) as progress:
+    with Progress(
+        *bar, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         for _ in progress.track(range(count), description="tokens"):
             logits = session.run(["logits"], {"tokens": np.array([ids[-CONTEXT:]])})[0][0, -1]
             if temperature > 0:
@@ -80,6 +84,19 @@ def open_original(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, providers=providers)
 
 
+def nodes_by_provider(session: ort.InferenceSession) -> Counter[str]:
+    """What ran until now, by provider; a TensorRT engine is one node. Ends the profiling."""
+    path = Path(session.end_profiling())
+    events = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    names = {
+        (event["args"]["provider"], event["name"])
+        for event in events
+        if event["cat"] == "Node" and event.get("args", {}).get("provider")
+    }
+    return Counter(provider for provider, _ in names)
+
+
 def demonstrate(variant: str, arguments: argparse.Namespace, console: Console) -> float:
     """One model from its exported graph to text; returns the largest difference of the logits."""
     console.rule(f"[bold]{variant}")
@@ -91,21 +108,26 @@ def demonstrate(variant: str, arguments: argparse.Namespace, console: Console) -
 
     with console.status("creating the session (with TensorRT: building the engine)"):
         started = time.perf_counter()
+        options = ort.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(out / "profile")
         session = moe_infer.InferenceSession(
-            str(out / "model.onnx"),
+            out / "model.onnx",
+            options,
             input_shapes={"tokens": ((1, 1), (1, CONTEXT // 2), (1, CONTEXT))},
         )
         opening = time.perf_counter() - started
     tokenizer = Tokenizer.load()
     prompt = tokenizer.encode(arguments.prompt)
     generate(session, prompt, 2, 0, 0, console)  # the first runs allocate
+    nodes = nodes_by_provider(session)
     sampled, seconds = generate(
         session, prompt, arguments.tokens, arguments.temperature, arguments.seed, console
     )
     greedy, _ = generate(session, prompt, min(32, arguments.tokens), 0, 0, console)
 
-    console.print(f"[bold]{escape(arguments.prompt)}[/]", end="", highlight=False)
-    console.print(escape(tokenizer.decode(sampled[len(prompt) :])), highlight=False)
+    continuation = escape(tokenizer.decode(sampled[len(prompt) :]))
+    console.print(f"\n[bold]{escape(arguments.prompt)}[/]{continuation}\n", highlight=False)
     console.print(f"[dim]likeliest: {escape(tokenizer.decode(greedy))!r}[/]", highlight=False)
 
     window = np.array([sampled[-CONTEXT:]])
@@ -128,9 +150,11 @@ def demonstrate(variant: str, arguments: argparse.Namespace, console: Console) -
         )
     console.print(table)
     console.print(f"{arguments.tokens / seconds:.1f} tokens a second", highlight=False)
-    console.print(
-        f"provider: {session.get_providers()[0]}, ready in {opening:.1f} s", highlight=False
-    )
+    engines = nodes.pop("TensorrtExecutionProvider", 0)
+    ran = [f"{engines} TensorRT engine{'s' * (engines != 1)}"] if engines else []
+    ran += [f"{count} operators on {name}" for name, count in nodes.most_common()]
+    console.print(f"provider: {session.moe_provider}; {', '.join(ran)}", highlight=False)
+    console.print(f"session ready in {opening:.1f} s", highlight=False)
     console.print(
         f"largest difference from the unrewritten graph ({original.get_providers()[0]}):"
         f" {difference:.2e}",
@@ -154,6 +178,7 @@ def main() -> int:
             parser.error(f"unknown model '{variant}'; there are {' and '.join(VARIANTS)}")
     if arguments.tokens < 1:
         parser.error(f"--tokens must be at least 1, got {arguments.tokens}")
+    ort.set_default_logger_severity(3)  # errors; the session's own notes come through logging
     console = Console()
     failed = []
     for variant in arguments.variants or VARIANTS:

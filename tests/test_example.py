@@ -287,3 +287,12 @@ def test_demo_runs(variant, tmp_path):
     assert (tmp_path / variant / "model.onnx").is_file()
     # How many experts each of the four layers used.
     assert len(re.findall(r"\b[1-8] of 8\b", done.stdout)) == 4
+
+
+@pytest.mark.parametrize(("difference", "code"), [(9e-4, 0), (1e-3, 1), (math.nan, 1)])
+def test_demo_fails_on_a_difference(monkeypatch, difference, code):
+    from examples import demo
+
+    monkeypatch.setattr(demo, "demonstrate", lambda *_: difference)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "t5_top1"])
+    assert demo.main() == code
