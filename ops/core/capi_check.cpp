@@ -25,8 +25,8 @@ DataType parse_dtype(char const* input, int32_t number) {
     case MOE_INFER_BFLOAT16:
       return DataType::kBFloat16;
     default:
-      throw invalid(std::string("MoELayer: input ") + input + " must be float32, float16 or bfloat16, got type number " +
-                    std::to_string(number));
+      throw invalid(std::string("MoELayer: input ") + input +
+                    " must be float32, float16 or bfloat16, got type number " + std::to_string(number));
   }
 }
 

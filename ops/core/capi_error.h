@@ -14,7 +14,8 @@ namespace moe_infer {
 // Keeps `message` for moe_infer_last_error of the calling thread. Never throws.
 void set_last_error(char const* message) noexcept;
 
-// Runs `function`. Returns MOE_INFER_OK, or the status of what it threw, whose sentence moe_infer_last_error then gives.
+// Runs `function`. Returns MOE_INFER_OK, or the status of what it threw, whose sentence moe_infer_last_error then
+// gives.
 template <class Function>
 int guarded(Function&& function) noexcept {
   try {

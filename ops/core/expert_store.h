@@ -1,12 +1,14 @@
 // Host side of the experts of one layer: where each expert's tensors lie in host memory.
 //
-// The file is mapped once for a process, whatever the number of sessions; deflated members are inflated once. Part of
-// the host memory is pinned, up to MOE_INFER_PINNED_BYTES in the whole process, so that the copy engine reads it at
-// the bus's speed; what is not pinned is copied from pageable memory through the cache's staging buffers.
+// The file is mapped once for a process, whatever the number of sessions; deflated members are inflated once
+// (expert_source.h). Part of the host memory is pinned, up to MOE_INFER_PINNED_BYTES in the whole process, so that the
+// copy engine reads it at the bus's speed; what is not pinned is copied from pageable memory through the cache's
+// staging buffers.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,9 +19,11 @@
 
 namespace moe_infer {
 
+class ExpertSource;
+
 // One contiguous run of rows of an expert's packed tensor as the file holds it.
 struct ExpertPiece {
-  void const* data = nullptr;  // host
+  void const* data = nullptr;  // host, not aligned to its type; null before load() where the file has it deflated
   DataType dtype = DataType::kFloat32;
   int64_t rows = 0;
   int64_t columns = 0;
@@ -43,19 +47,36 @@ class ExpertStore {
   std::string const& path() const { return path_; }
   bool unchanged() const;
 
-  // Makes the data of all pieces readable (inflates deflated members) and pins what the bound allows. Called before
-  // the first fetch, not for checks. Idempotent, thread-safe.
-  void load();
-  uint64_t pinned_bytes() const;
+  // Makes the data of all pieces readable (inflates deflated members) and, if wanted, pins what the bound allows.
+  // Called before the first fetch, not for checks. Idempotent, thread-safe. Throws when the file is no longer the one
+  // that was opened. A layer that copies every expert to the device once should not pin: that takes longer than such a
+  // copy.
+  void load(bool pin = true);
+  uint64_t pinned_bytes() const;  // of the file, for all layers that use it
   bool is_pinned(int32_t expert) const;
+  // Why part of the weights is not pinned, as a sentence for a log; "" when nothing is to be said.
+  std::string pinning_note() const;
 
  private:
-  struct Source;
-  std::shared_ptr<Source> source_;
+  // The file's tensor behind a piece, and where in it the piece begins.
+  struct Place {
+    std::string name;
+    uint64_t offset = 0;
+  };
+
+  void add_stacked(LayerConfig const& config);
+  void add_separate(LayerConfig const& config);
+  void add_piece(int32_t expert, ExpertPiece piece, Place place);
+  void pin_what_fits();
+
+  std::shared_ptr<ExpertSource> source_;
   int64_t d_model_ = 0;
   std::vector<ExpertTensor> tensors_;
   std::vector<std::vector<ExpertPiece>> pieces_;
+  std::vector<std::vector<Place>> places_;
   std::string digest_, path_;
+  mutable std::mutex mutex_;
+  bool pinned_ = false;
 };
 
 }  // namespace moe_infer

@@ -95,8 +95,7 @@ void check_layout(std::string const& where, std::vector<Span> spans, uint64_t be
     }
     if (span.end > end) {
       throw bad_file(where + ": " + tensor + " ends at byte " + std::to_string(span.end) + ", but the data end at " +
-                     std::to_string(end) +
-                     "; the file is truncated or its index is damaged, copy or write it again");
+                     std::to_string(end) + "; the file is truncated or its index is damaged, copy or write it again");
     }
     if (span.begin < position) {
       throw bad_file(where + ": " + tensor + " begins at byte " + std::to_string(span.begin) + ", inside " + previous +

@@ -176,7 +176,8 @@ DataType parse_type(std::string const& member, std::string const& descr) {
 uint64_t npy_header_bytes(std::string const& where, std::string const& member, std::vector<uint8_t> const& start) {
   auto const what = where + ": member " + shown(member);
   if (start.size() < kNpyStartBytes || !std::equal(kMagic.begin(), kMagic.end(), start.begin())) {
-    auto const found = std::string(start.begin(), start.begin() + static_cast<int64_t>(std::min<size_t>(6, start.size())));
+    auto const found =
+        std::string(start.begin(), start.begin() + static_cast<int64_t>(std::min<size_t>(6, start.size())));
     throw bad_file(what + " begins with " + shown(found) +
                    "; expected '\\x93NUMPY', an .npy array; write the file with numpy.savez");
   }

@@ -15,7 +15,7 @@
 namespace moe_infer {
 namespace {
 
-constexpr uint64_t kChunk = 1ULL << 18U;         // of compressed data, read at once
+constexpr uint64_t kChunk = 1ULL << 18U;          // of compressed data, read at once
 constexpr uint64_t kLargestOutput = 1ULL << 30U;  // zlib counts in 32 bits
 constexpr std::string_view kSuffix = ".npy";
 
@@ -98,8 +98,7 @@ std::string hexadecimal(uLong number) {
 }
 
 std::string tensor_name(std::string const& path, std::string const& member) {
-  if (member.size() <= kSuffix.size() ||
-      member.compare(member.size() - kSuffix.size(), kSuffix.size(), kSuffix) != 0) {
+  if (member.size() <= kSuffix.size() || member.compare(member.size() - kSuffix.size(), kSuffix.size(), kSuffix) != 0) {
     throw bad_file(path + ": member " + shown(member) +
                    " is no .npy array; an .npz weight file holds nothing else, write it with numpy.savez");
   }

@@ -33,7 +33,7 @@ FileIdentity identity_of(struct stat const& status) {
 }
 
 bool exists(std::string const& path) {
-  struct stat status {};
+  struct stat status{};
   return ::stat(path.c_str(), &status) == 0;
 }
 
@@ -42,8 +42,7 @@ bool exists(std::string const& path) {
 std::string resolve_weight_path(std::string const& path) {
   namespace fs = std::filesystem;
   if (path.empty() || path.find('\0') != std::string::npos) {
-    throw bad_file(
-        "weight file: the path must be a non-empty text without NUL; set attribute 'expert_weight_file'");
+    throw bad_file("weight file: the path must be a non-empty text without NUL; set attribute 'expert_weight_file'");
   }
   std::vector<std::string> candidates;
   std::error_code failed;  // a working directory that was removed: its path stays empty, and is then not tried
@@ -72,7 +71,7 @@ std::string resolve_weight_path(std::string const& path) {
 }
 
 bool find_identity(std::string const& path, FileIdentity* identity) {
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) != 0) {
     return false;
   }
@@ -92,7 +91,7 @@ WeightFile::Descriptor::Descriptor(std::string const& path)
 WeightFile::Descriptor::~Descriptor() { ::close(number_); }
 
 WeightFile::WeightFile(std::string const& path) : path_(path), descriptor_(path) {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor_.number(), &status) != 0) {
     throw bad_file(path + ": cannot read the weight file's size: " + system_error(errno));
   }
@@ -106,8 +105,7 @@ WeightFile::WeightFile(std::string const& path) : path_(path), descriptor_(path)
   size_ = static_cast<uint64_t>(status.st_size);
   void* const mapping = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor_.number(), 0);
   if (mapping == MAP_FAILED) {
-    throw bad_file(path + ": cannot map the weight file's " + std::to_string(size_) +
-                   " bytes: " + system_error(errno));
+    throw bad_file(path + ": cannot map the weight file's " + std::to_string(size_) + " bytes: " + system_error(errno));
   }
   data_ = static_cast<uint8_t const*>(mapping);
 }
@@ -144,9 +142,9 @@ void WeightFile::read_at(uint64_t offset, void* out, uint64_t bytes) const {
       continue;
     }
     if (count <= 0) {
-      throw bad_file(path_ + ": " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
-                     " cannot be read: " + (count < 0 ? system_error(errno) : "the file has shrunk since it was opened") +
-                     "; copy or write it again");
+      throw bad_file(
+          path_ + ": " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " cannot be read: " +
+          (count < 0 ? system_error(errno) : "the file has shrunk since it was opened") + "; copy or write it again");
     }
     to += count;
     offset += static_cast<uint64_t>(count);

@@ -18,7 +18,7 @@ constexpr uint32_t kEndSignature = 0x06054B50, kEnd64LocatorSignature = 0x07064B
 constexpr uint32_t kEncrypted = 1U << 0U, kDescriptor = 1U << 3U, kStrong = 1U << 6U, kUtf8 = 1U << 11U,
                    kMasked = 1U << 13U;
 constexpr uint32_t kStored = 0, kDeflated = 8;
-constexpr uint64_t kWide = 0xFFFFFFFF;  // a 32-bit field whose value is in the zip64 extra field
+constexpr uint64_t kWide = 0xFFFFFFFF;    // a 32-bit field whose value is in the zip64 extra field
 constexpr uint64_t kDeflateLimit = 1032;  // deflate gives at most this many bytes for one
 constexpr char const* kDamaged = "; the file is truncated or damaged, copy or write it again";
 
@@ -99,8 +99,7 @@ Directory find_directory(WeightFile const& file) {
     directory = read_end64(file, end);
   }
   if (directory.disk != 0 || directory.directory_disk != 0 || directory.here != directory.count) {
-    throw bad_file(file.path() +
-                   ": the zip archive is one of several parts; expected a single file, write it again");
+    throw bad_file(file.path() + ": the zip archive is one of several parts; expected a single file, write it again");
   }
   if (!fits(directory.begin, directory.size, directory.end) || directory.begin + directory.size != directory.end) {
     throw bad_file(file.path() + ": the zip directory of " + text_of(directory.size) + " bytes should begin at byte " +
@@ -122,8 +121,11 @@ Directory find_directory(WeightFile const& file) {
 bool is_utf8(std::string const& text) {
   for (size_t i = 0; i < text.size();) {
     auto const lead = static_cast<unsigned char>(text[i]);
-    size_t const extra = lead < 0x80 ? 0 : lead >= 0xC2 && lead < 0xE0 ? 1 : (lead & 0xF0U) == 0xE0 ? 2
-                       : lead >= 0xF0 && lead < 0xF5 ? 3 : text.size();
+    size_t const extra = lead < 0x80                   ? 0
+                         : lead >= 0xC2 && lead < 0xE0 ? 1
+                         : (lead & 0xF0U) == 0xE0      ? 2
+                         : lead >= 0xF0 && lead < 0xF5 ? 3
+                                                       : text.size();
     if (extra >= text.size() - i) {
       return false;
     }
@@ -256,9 +258,8 @@ void check_sizes(WeightFile const& file, ZipMember const& member) {
   // A larger claim is a lie, and would cost memory. The member lies in the file, so the product does not overflow.
   auto const most = kDeflateLimit * member.compressed;
   if (member.size > most + 64) {
-    throw bad_file(file.path() + ": member " + shown(member.name) + " claims " + text_of(member.size) +
-                   " bytes from " + text_of(member.compressed) + " deflated ones; deflate gives at most " +
-                   text_of(most) + kDamaged);
+    throw bad_file(file.path() + ": member " + shown(member.name) + " claims " + text_of(member.size) + " bytes from " +
+                   text_of(member.compressed) + " deflated ones; deflate gives at most " + text_of(most) + kDamaged);
   }
 }
 
