@@ -143,6 +143,8 @@ class Interpreter:
         name = node.input[position] if position < len(node.input) else ""
         value = self.value(name) if name else None
         if value is None:
+            if name in self.view.graph_inputs:
+                raise Opaque(f"its input '{name}' is an input of the graph, not a constant")
             raise Opaque(f"its input '{name}' does not come from the layer's input or a constant")
         return value
 

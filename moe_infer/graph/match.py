@@ -145,7 +145,10 @@ class GraphView:
             return self._attribute_constant(name)
         if is_external(tensor) or np.prod(tensor.dims, dtype=np.int64) > SMALL_CONSTANT:
             return None
-        values: NDArray[np.generic] = numpy_helper.to_array(tensor)
+        try:
+            values: NDArray[np.generic] = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError):  # its bytes do not fit its shape, or the type is exotic
+            return None
         return values
 
     def _attribute_constant(self, name: str) -> NDArray[np.generic] | None:

@@ -17,6 +17,7 @@ from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name, infer_typ
 from moe_infer.op import DOMAIN, OP_TYPE, OPSET_VERSION, LayerConfig
 
 _SHAPE_OPS = ("Shape", "Size")
+_VIEW_OPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _SHARED_REMEDY = "to keep a copy for it in the graph, pass copy_shared_weights=True"
 _TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -36,6 +37,8 @@ class Replacement:
     node_name: str
     output: str
     """The MoELayer's output; its name carries the digest of attributes and weights."""
+    value: str
+    """What takes the place of the old output: this, its cast, or the old name."""
     removed_nodes: tuple[str, ...]
     removed_constants: tuple[str, ...]
     """Initializers, and outputs of Constant nodes, that nothing reads any more."""
@@ -74,7 +77,7 @@ def check_region(
         raise ReplaceError(
             f"'{output}'", f"it is not computed from '{hidden_states}'; check the tensors' names"
         )
-    _check_inner_uses(view, inner, output)
+    _check_inner_uses(view, inner - _views(view, inner, sources), output)
     weights = tuple(name for name in constants if _is_weight(view, name))
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
     cast = {o for i in ancestors - inner for o in view.nodes[i].output}
@@ -132,7 +135,7 @@ def replace_with_moe_layer(
         router_logits=router_logits,
         copy_shared_weights=copy_shared_weights,
     )
-    _check_types(view, hidden_states, output, router_logits, config)
+    check_types(view, hidden_states, output, router_logits, config)
     node_name = name or f"{output}.{OP_TYPE}"
     if any(n.name == node_name for n in view.nodes):
         raise ReplaceError(f"'{node_name}'", "a node of this name exists; give another 'name'")
@@ -172,7 +175,8 @@ def _ancestors(
             initial = ", though it has an initial value" if name in initializers else ""
             raise ReplaceError(
                 reader or f"'{output}'",
-                f"reads '{name}', which is an input of the graph{initial}: weights must be constants, and the layer may"
+                f"reads '{name}', which is an input of the graph{initial}: weights must be"
+                " constants, and the layer may"
                 f" depend on {_quoted(sources)} only",
             )
         if name in view.constants:
@@ -201,7 +205,20 @@ def _inner(view: GraphView, ancestors: set[int], sources: Collection[str]) -> se
     return inner
 
 
+def _views(view: GraphView, inner: set[int], sources: Collection[str]) -> set[int]:
+    """Inner nodes that only give a source another type or shape; others may use these, too."""
+    found: set[int] = set()
+    same = set(sources)
+    for index in sorted(inner):
+        node = view.nodes[index]
+        if node.op_type in _VIEW_OPS and node.input[0] in same:
+            found.add(index)
+            same.update(node.output)
+    return found
+
+
 def _check_inner_uses(view: GraphView, inner: set[int], output: str) -> None:
+    """What is made inside must be read inside; views of the sources are not among ``inner``."""
     for index in sorted(inner):
         node = view.nodes[index]
         for value in node.output:
@@ -269,9 +286,15 @@ def _check_weight_uses(view: GraphView, name: str, allowed: Collection[int]) -> 
 # Checks of the node
 
 
-def _check_types(
+def check_types(
     view: GraphView, hidden_states: str, output: str, router_logits: str | None, config: LayerConfig
 ) -> None:
+    """Checks that the tensors have the types and shapes that the operator takes.
+
+    Raises:
+        ReplaceError: names the tensor, what it is and what is needed.
+        ValueError: the configuration does not fit the inputs.
+    """
     types = view.types
     shape, result = types.shape(hidden_states), types.shape(output)
     if shape is None or len(shape) not in (2, 3) or not isinstance(shape[-1], int):
@@ -331,13 +354,13 @@ def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> R
     # The block may compute in float32 on a float16 input; MoELayer gives its input's type.
     wanted, given = types.element_type(output), types.element_type(node.input[0])
     replaced = node.output[0]
-    _add_value_info(graph, types, node.output[0], output, given)
+    _add_value_info(graph, types, node.output[0], (node.input[0], output), given)
     if wanted and wanted != given:
         replaced = f"{node.output[0]}.cast"
         added.append(
             helper.make_node("Cast", [node.output[0]], [replaced], f"{node.name}.cast", to=wanted)
         )
-        _add_value_info(graph, types, replaced, output, wanted)
+        _add_value_info(graph, types, replaced, (node.input[0], output), wanted)
     if output in view.graph_outputs:
         added.append(helper.make_node("Identity", [replaced], [output], f"{node.name}.output"))
     else:
@@ -357,7 +380,8 @@ def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> R
     if not any(o.domain == DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
     names = tuple(describe(n) for n in dead)
-    return Replacement(node.name, node.output[0], names, tuple(sorted(constants)))
+    value = output if output in view.graph_outputs else replaced
+    return Replacement(node.name, node.output[0], value, names, tuple(sorted(constants)))
 
 
 def _rename_input(node: NodeProto, old: str, new: str) -> None:
@@ -401,9 +425,14 @@ def _remove(repeated: list[onnx.TensorProto], names: Collection[str]) -> None:
 
 
 def _add_value_info(
-    graph: onnx.GraphProto, types: ValueTypes, name: str, like: str, kind: int
+    graph: onnx.GraphProto, types: ValueTypes, name: str, like: Sequence[str], kind: int
 ) -> None:
-    shape = types.shape(like) or types.shape(name)
+    shapes = [s for s in map(types.shape, like) if s is not None]
+    # A number says more than a symbol, and the input's symbol more than one made by inference.
+    shape = [
+        next((d for d in dims if isinstance(d, int)), next((d for d in dims if d), None))
+        for dims in zip(*shapes, strict=True)
+    ]
     graph.value_info.append(helper.make_tensor_value_info(name, kind, shape))
     types.infos[name] = graph.value_info[-1]
 

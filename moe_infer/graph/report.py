@@ -32,7 +32,8 @@ class LayerReport:
         normalized = ", normalised" if c.normalize_routing_weights else ""
         return (
             f"layer {self.index}: {self.node_name}: {c.expert_count} experts"
-            f" {c.expert_sublayer_type} {self.d_model} x {c.hidden_size}, {c.moe_variant} top {c.top_k}{normalized},"
+            f" {c.expert_sublayer_type} {self.d_model} x {c.hidden_size}, {c.moe_variant}"
+            f" top {c.top_k}{normalized},"
             f" {_size(self.nbytes)}, in place of {len(self.removed_nodes)} nodes (family"
             f" '{self.family}')"
         )

@@ -23,6 +23,7 @@ from moe_infer.graph.replace import (
     ReplaceError,
     add_value_info,
     check_region,
+    check_types,
     replace_with_moe_layer,
 )
 from moe_infer.graph.report import LayerReport, RewriteReport
@@ -96,11 +97,12 @@ def rewrite(
         else:
             digest = open_weight_file(experts).digest
     named = experts.name if expert_weight_file is None else _relative(experts, target)
+    renamed: dict[str, str] = {}
     for i, layer in enumerate(layers):
         config = _config(layer[0], i, named, digest, max_concurrency)
         if expert_weight_file is not None:
             open_expert_weights(config, layer[0].d_model, base_dir=target)
-        report.layers.append(_replace(proto, types, i, layer, config, copy_shared_weights))
+        report.layers.append(_replace(proto, types, i, layer, config, copy_shared_weights, renamed))
     report.untyped_values = add_value_info(proto, types)
     with _progress(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
@@ -154,6 +156,10 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
                 router_logits=candidate.router_logits,
                 copy_shared_weights=copy_shared,
             )
+            # Before anything is written: the file and its digest do not matter here.
+            config = _config(candidate, 0, EXPERTS_NAME, "", None)
+            names = candidate.hidden_states, candidate.output, candidate.router_logits
+            check_types(view, *names, config)
             layers.append((candidate, open_constants(view, candidate)))
         except ReplaceError as error:
             report.near_misses.append(_refused(candidate, error.node, error.reason))
@@ -192,11 +198,13 @@ def _replace(
     layer: Layer,
     config: LayerConfig,
     copy_shared: bool,
+    renamed: dict[str, str],
 ) -> LayerReport:
     match, constants = layer
     done = replace_with_moe_layer(
         proto,
-        hidden_states=match.hidden_states,
+        # A layer may read the output of the one before, which has another name by now.
+        hidden_states=renamed.get(match.hidden_states, match.hidden_states),
         output=match.output,
         router_logits=match.router_logits,
         config=config,
@@ -204,6 +212,7 @@ def _replace(
         types=types,
         copy_shared_weights=copy_shared,
     )
+    renamed[match.output] = done.value
     return LayerReport(
         index=index,
         family=match.family,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.expression import Expr
 from moe_infer.graph.interpreter import Interpreter, Opaque
@@ -28,18 +28,23 @@ NAME = "stacked"
 
 _LAYOUT = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze")
 _MOST_CANDIDATES = 8
+_MOST_CAUSES = 500
 
 
 @dataclass
 class _Attempt:
+    """The best of several ways to read a block."""
+
     match: Match | None = None
-    stage: int = -1
+    rank: tuple[int, int] = (-1, 0)
+    """Stage that was reached, and the stage to which the pattern agreed with it: a value that is
+    nearly a layer's output tells more than a node that could not be read."""
     node: str = ""
     reason: str = ""
 
-    def improve(self, stage: int, node: str, reason: str) -> None:
-        if stage > self.stage:
-            self.stage, self.node, self.reason = stage, node, reason
+    def improve(self, rank: tuple[int, int], node: str, reason: str) -> None:
+        if rank >= self.rank:
+            self.rank, self.node, self.reason = rank, node, reason
 
 
 def find(view: GraphView) -> Iterator[Match | NearMiss]:
@@ -52,17 +57,15 @@ def find(view: GraphView) -> Iterator[Match | NearMiss]:
 def _at(view: GraphView, anchor: NodeProto) -> Match | NearMiss:
     logits = _logits(view, anchor)
     best = _Attempt()
-    best.improve(
-        Stage.ROUTER,
-        describe(anchor),
-        "the tensor from which the scores are computed could not be found",
-    )
+    reason = "the tensor from which the scores are computed could not be found"
+    best.improve((-1, 0), describe(anchor), reason)
     for hidden in _hidden_states(view, logits):
         attempt = _attempt(view, anchor, hidden, logits)
         if attempt.match is not None:
             return attempt.match
-        best.improve(attempt.stage, attempt.node, attempt.reason)
-    return NearMiss(NAME, describe(anchor), best.stage, best.node, best.reason)
+        if attempt.rank > best.rank:
+            best = attempt
+    return NearMiss(NAME, describe(anchor), best.rank[0], best.node, best.reason)
 
 
 def _logits(view: GraphView, anchor: NodeProto) -> str:
@@ -112,9 +115,16 @@ def _layout_only(view: GraphView, chain: list[str]) -> int:
     """How many of the chain's tensors are the first one in another layout or type."""
     for i, name in enumerate(chain[:-1]):
         node = view.producer(name)
-        if node is None or node.op_type not in _LAYOUT:
+        if node is None or node.op_type not in _LAYOUT or _rounds(view, node):
             return i + 1
     return len(chain)
+
+
+def _rounds(view: GraphView, node: NodeProto) -> bool:
+    """True for a Cast to a type with fewer bits: what follows it reads rounded values."""
+    wide = (TensorProto.FLOAT, TensorProto.DOUBLE)
+    before, after = (view.types.element_type(n) for n in (node.input[0], node.output[0]))
+    return node.op_type == "Cast" and before in wide and after not in (before, TensorProto.DOUBLE)
 
 
 def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _Attempt:
@@ -122,12 +132,12 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
     try:
         reader = Interpreter(view, hidden, logits)
     except Opaque as reason:
-        attempt.improve(Stage.ROUTER, describe(anchor), str(reason))
+        attempt.improve((Stage.ROUTER, 0), describe(anchor), str(reason))
         return attempt
     reader.run()
     anchor_index = view.position[anchor.output[-1]]
     if anchor_index in reader.opaque:
-        attempt.improve(Stage.ROUTER, *reader.describe_opaque(anchor_index))
+        attempt.improve((Stage.ROUTER, 0), *reader.describe_opaque(anchor_index))
         return attempt
     for name, value in sorted(reader.env.items(), key=lambda i: view.position.get(i[0], -1)):
         if value.axes != reader.output_axes or name not in view.position:
@@ -135,11 +145,12 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
         try:
             layer = match_layer(value.expr, reader)
         except Mismatch as miss:
-            attempt.improve(miss.stage, describe(view.nodes[view.position[name]]), miss.reason)
+            node = describe(view.nodes[view.position[name]])
+            attempt.improve((_stage(value.expr), miss.stage), node, miss.reason)
             continue
         attempt.match = Match(
             family=NAME,
-            hidden_states=hidden,
+            hidden_states=_of_type(view, reader, name) or hidden,
             router_logits=logits,
             output=name,
             anchor=describe(anchor),
@@ -150,18 +161,45 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
     return attempt
 
 
+def _of_type(view: GraphView, reader: Interpreter, output: str) -> str | None:
+    """The layer's input in the output's type, so that the layer computes in the type it did."""
+    wanted = view.types.element_type(output)
+    for name, value in reader.env.items():
+        same = value.expr is reader.x and value.axes == reader.output_axes
+        if same and view.types.element_type(name) == wanted:
+            return name
+    return None
+
+
 def _explain(view: GraphView, reader: Interpreter, attempt: _Attempt) -> None:
     """Names the furthest node at which reading stopped."""
     for index in reader.opaque:
-        stages = [_stage(reader, name) for name in view.nodes[index].input if name in reader.env]
-        attempt.improve(max(stages, default=Stage.ROUTER), *reader.describe_opaque(index))
-    if attempt.stage < Stage.WEIGHTS:
+        read = [reader.env[i].expr for i in view.nodes[index].input if i in reader.env]
+        stage = max(map(_stage, read), default=Stage.ROUTER)
+        if (stage, 0) > attempt.rank:
+            attempt.improve((stage, 0), *reader.describe_opaque(_cause(view, reader, index)))
+    if attempt.rank[0] < Stage.WEIGHTS:
         attempt.reason += "; no stacked constant expert weights are selected by the chosen experts"
 
 
-def _stage(reader: Interpreter, name: str) -> int:
-    """How near to a whole layer a value is."""
-    kinds = _operators(reader.env[name].expr)
+def _cause(view: GraphView, reader: Interpreter, index: int) -> int:
+    """The first node that could not be read, of those because of which another could not."""
+    causes, seen, stack = [index], {index}, [index]
+    while stack and len(seen) < _MOST_CAUSES:
+        for name in view.nodes[stack.pop()].input:
+            producer = view.position.get(name)
+            if name in reader.env or producer is None or producer in seen:
+                continue
+            seen.add(producer)
+            stack.append(producer)
+            if producer in reader.opaque:
+                causes.append(producer)
+    return min(causes)
+
+
+def _stage(expr: Expr) -> int:
+    """How near to a whole layer an expression is."""
+    kinds = _operators(expr)
     if "linear2" in kinds:
         return Stage.DOWN
     if "linear" in kinds:
