@@ -151,7 +151,8 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "weight shared through a transpose": (
         {
             "g3 = MatMul (gates, xc)": (
-                "turned = Transpose <perm = [0, 2, 1]> (square)\n  more = Gather <axis = 0> (turned, chosen)\n"
+                "turned = Transpose <perm = [0, 2, 1]> (square)\n"
+                "  more = Gather <axis = 0> (turned, chosen)\n"
                 "  wider = MatMul (gates, more)\n  extra = Exp (turned)\n  g3 = MatMul (wider, xc)"
             ),
             "float[4, 8, 6] gate": "float[4, 6, 6] square, float[4, 8, 6] gate",

@@ -118,7 +118,7 @@ MISSES: dict[str, tuple[dict[str, str], str, str]] = {
     ),
     "wrong axis of the weights": (
         {
-            "gates = Gather <axis = 0> (gate, chosen)": "gates = Gather <axis = 1> (square, chosen)",
+            "<axis = 0> (gate, chosen)": "<axis = 1> (square, chosen)",
             "float[4, 8, 6] gate": "float[4, 4, 6] square, float[4, 8, 6] gate",
             "g3 = MatMul (gates, xc)": "g4 = Unsqueeze (gates, last)\n  g3 = MatMul (gates, xc)",
         },
@@ -143,15 +143,13 @@ MISSES: dict[str, tuple[dict[str, str], str, str]] = {
         "without weights",
     ),
     "maximum over experts": (
-        {
-            "moe = ReduceSum <keepdims = 0> (slots, one)": "moe = ReduceMax <keepdims = 0> (slots, one)"
-        },
+        {"moe = ReduceSum": "moe = ReduceMax"},
         "ReduceMax -> moe",
         "",
     ),
     "summed over the wrong axis": (
         {
-            "pairs = Constant <value = int64[3] {-1, 2, 6}>": "pairs = Constant <value = int64[3] {2, -1, 6}>",
+            "{-1, 2, 6}": "{2, -1, 6}",
             "(slots, one)": "(slots, zero)",
             "k = Constant": "zero = Constant <value = int64[1] {0}> ()\n  k = Constant",
         },
@@ -161,7 +159,7 @@ MISSES: dict[str, tuple[dict[str, str], str, str]] = {
     "tokens repeated in the wrong order": (
         {
             "wide = Unsqueeze (h, one)": "wide = Unsqueeze (h, zero)",
-            "repeat = Constant <value = int64[3] {1, 2, 1}>": "repeat = Constant <value = int64[3] {2, 1, 1}>",
+            "{1, 2, 1}": "{2, 1, 1}",
             "k = Constant": "zero = Constant <value = int64[1] {0}> ()\n  k = Constant",
         },
         "MatMul",

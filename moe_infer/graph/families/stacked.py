@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from onnx import NodeProto, TensorProto
 
@@ -139,36 +140,41 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
     if anchor_index in reader.opaque:
         attempt.improve((Stage.ROUTER, 0), *reader.describe_opaque(anchor_index))
         return attempt
+    fields: dict[str, Any] = {}
+    outputs: list[str] = []
     for name, value in sorted(reader.env.items(), key=lambda i: view.position.get(i[0], -1)):
         if value.axes != reader.output_axes or name not in view.position:
             continue
         try:
-            layer = match_layer(value.expr, reader)
+            found = match_layer(value.expr, reader)
         except Mismatch as miss:
             node = describe(view.nodes[view.position[name]])
             attempt.improve((_stage(value.expr), miss.stage), node, miss.reason)
             continue
-        attempt.match = Match(
-            family=NAME,
-            hidden_states=_of_type(view, reader, name) or hidden,
-            router_logits=logits,
-            output=name,
-            anchor=describe(anchor),
-            **layer,
-        )
-    if attempt.match is None:
+        # The last expression counts, in all its layouts and types.
+        same = bool(outputs) and value.expr is reader.env[outputs[-1]].expr
+        outputs = [*outputs, name] if same else [name]
+        fields = found
+    if not outputs:
         _explain(view, reader, attempt)
+        return attempt
+    hidden, output = _ends(view, reader, hidden, outputs)
+    ends = {"hidden_states": hidden, "router_logits": logits, "output": output}
+    attempt.match = Match(family=NAME, anchor=describe(anchor), **ends, **fields)
     return attempt
 
 
-def _of_type(view: GraphView, reader: Interpreter, output: str) -> str | None:
-    """The layer's input in the output's type, so that the layer computes in the type it did."""
-    wanted = view.types.element_type(output)
+def _ends(view: GraphView, reader: Interpreter, hidden: str, outputs: list[str]) -> tuple[str, str]:
+    """Input and output of one type, if the graph has such; else the first of both."""
+    kind = view.types.element_type
+    for output in outputs:
+        if kind(output) == kind(hidden):
+            return hidden, output
     for name, value in reader.env.items():
         same = value.expr is reader.x and value.axes == reader.output_axes
-        if same and view.types.element_type(name) == wanted:
-            return name
-    return None
+        if same and kind(name) == kind(outputs[0]):
+            return name, outputs[0]
+    return hidden, outputs[0]
 
 
 def _explain(view: GraphView, reader: Interpreter, attempt: _Attempt) -> None:
