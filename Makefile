@@ -80,8 +80,8 @@ $(VENV)/.test: pyproject.toml $(VENV)/.cpu $(VENV)/.build
 	@touch $@
 
 $(VENV)/.torch: pyproject.toml $(VENV)/.cpu
-	@echo "installing PyTorch into $(VENV): large"
-	$(EDITABLE) $(BIN)/python $(PIP_INSTALL) -e '.[cpu,torch]'
+	@echo "installing PyTorch and transformers, whose models the tests export, into $(VENV): large"
+	$(EDITABLE) $(BIN)/python $(PIP_INSTALL) -e '.[cpu,torch]' 'transformers>=5'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.cpu
