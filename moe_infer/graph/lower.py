@@ -91,7 +91,8 @@ def lower(
         ValueError: the model, a layer or ``provider`` is not right.
     """
     loaded, folder = load_model(model, base_dir)
-    lowered = lower_model(loaded, folder, provider)
+    loaded = inline_functions(loaded)
+    lowered = lower_model(loaded, folder, provider, read_layers(loaded, folder))
     if out is not None:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,19 +114,18 @@ def lower(
     return lowered.model
 
 
-def lower_model(model: onnx.ModelProto, base_dir: Path | None, provider: str) -> Lowered:
-    """Lowers ``model`` in place; see :func:`lower`."""
+def lower_model(
+    model: onnx.ModelProto, base_dir: Path | None, provider: str, layers: list[LayerNode]
+) -> Lowered:
+    """Lowers ``model``, whose layers have been read, in place; see :func:`lower`."""
     if provider not in PROVIDERS:
         raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, got '{provider}'")
-    model = inline_functions(model)
-    layers = read_layers(model, base_dir)
     names = Names(model)
     data = ExpertData(names)
     make_absolute(model, base_dir)
     if layers:
         _check_opset(model)
         _replace(model, layers, data, provider)
-    # For CPUs also where CUDA was asked for: nodes that it lacks go there.
     if provider == CPU_PROVIDER:
         wrap_bfloat16(model, names)
     model.graph.initializer.extend(names.initializers)

@@ -30,20 +30,20 @@ def why_not_fused(layer: LayerNode, provider: str) -> str:
     """Why ``com.microsoft.MoE`` cannot compute the layer on that provider; "" if it can."""
     config = layer.config
     if config.expert_sublayer_type != "Gated_SiLU":
-        return f"it has no sub-layer {config.expert_sublayer_type}"
+        return f"com.microsoft.MoE has no {config.expert_sublayer_type}"
     stacked = [layer.weights.stacked(t.name) for t in config.sublayer.tensors]
     if any(info is None or not info.stored for info in stacked):
-        return "the experts are not stacked in the file, stored as they are"
+        return "com.microsoft.MoE needs the experts stacked and uncompressed in the file"
     dtypes = {info.dtype for info in stacked if info is not None}
     if provider == CPU_PROVIDER:
         # Its float16 kernel converts the experts of a layer in every run.
-        return "" if dtypes == {"float32"} else "on the CPU it takes float32 weights"
+        return "" if dtypes == {"float32"} else "com.microsoft.MoE on the CPU needs float32 weights"
     if layer.dtype == "float32" or dtypes != {layer.dtype}:
-        return f"the weights must have the graph's type, one of {', '.join(_ELEMENT)}"
+        return f"com.microsoft.MoE needs weights of the graph's type, one of {', '.join(_ELEMENT)}"
     if config.hidden_size % _CUDA_ALIGNMENT or layer.d_model % _CUDA_ALIGNMENT:
-        return f"d_model and hidden_size must be multiples of {_CUDA_ALIGNMENT}"
-    if not config.router.single_expert and layer.router_logits is None:
-        return "its routing input would round the scores to the graph's type"
+        return f"com.microsoft.MoE needs d_model and hidden_size divisible by {_CUDA_ALIGNMENT}"
+    if not config.router.single_expert and layer.logits_dtype != layer.dtype:
+        return "com.microsoft.MoE would round the scores to the graph's type"
     return ""
 
 

@@ -19,7 +19,7 @@ from moe_infer.weights import ExpertWeights, open_expert_weights
 
 ModelLike = onnx.ModelProto | bytes | str | os.PathLike[str]
 
-_FLOATS = {
+_FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
@@ -38,6 +38,7 @@ class LayerNode:
         weights: its experts; only the index of the file has been read.
         d_model: last dimension of hidden_states; 0 where nothing tells it (``Identity`` only).
         dtype: type of hidden_states and of the output.
+        logits_dtype: type of router_logits; None where there are none or the graph does not say.
         shape: of hidden_states: numbers, symbols or None; None: not even the rank is known.
     """
 
@@ -48,6 +49,7 @@ class LayerNode:
     weights: ExpertWeights
     d_model: int
     dtype: str
+    logits_dtype: str | None
     shape: tuple[Dim, ...] | None
 
     @property
@@ -166,7 +168,9 @@ def _read(
             f" expected {dtype}, as hidden_states is, or float32"
         )
     _check_logits_shape(node, config, types)
-    return LayerNode(index, name, node, config, weights, d_model, dtype, shape)
+    return LayerNode(
+        index, name, node, config, weights, d_model, dtype, _FLOATS.get(logits_type), shape
+    )
 
 
 def _dtype(node: onnx.NodeProto, types: ValueTypes) -> str:

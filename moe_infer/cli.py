@@ -1,0 +1,361 @@
+"""Command line: ``moe-infer rewrite | lower | inspect | run``.
+
+Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
+(``rewrite``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import moe_infer
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+NOTHING_MATCHED = 3
+
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_WHOLE = {
+    f"tensor({name})": np.dtype(name)
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ValueError, TypeError, OSError, moe_infer.PluginError) as error:
+        return _fail(error)
+    except Exception as error:
+        # ONNX Runtime's exceptions have no base class of their own.
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    print(f"moe-infer: error: {' '.join(lines) or repr(error)}", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moe-infer", description="Mixture-of-Experts ONNX models")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {moe_infer.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="rewrite | lower | inspect | run")
+
+    rewrite = commands.add_parser("rewrite", help="find MoE blocks, insert MoELayer nodes")
+    rewrite.add_argument("model", help="an exported ONNX model")
+    rewrite.add_argument("out_dir", help="folder for model.onnx and the experts")
+    rewrite.add_argument(
+        "--max-concurrency",
+        type=int,
+        metavar="N",
+        help="most experts of a layer on the GPU at once; all of them by default",
+    )
+    rewrite.set_defaults(command=_rewrite)
+
+    lower = commands.add_parser("lower", help="replace MoELayer nodes by standard operators")
+    lower.add_argument("model")
+    lower.add_argument("out", help="path of the lowered model")
+    lower.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    lower.set_defaults(command=_lower)
+
+    inspect = commands.add_parser("inspect", help="show the MoELayer nodes of a model")
+    inspect.add_argument("model")
+    inspect.add_argument(
+        "--tokens", type=int, metavar="N", help="ask the GPU for the workspace of N tokens too"
+    )
+    inspect.add_argument("--json", action="store_true", help="for machines")
+    inspect.set_defaults(command=_inspect)
+
+    run = commands.add_parser("run", help="run a model on given or random inputs")
+    run.add_argument("model")
+    run.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.npy | FILE.npz",
+        help="one input, or all that an npz holds",
+    )
+    run.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="NAME=1,8",
+        help="shape of a random input: floats of unit variance, integers 0 or 1",
+    )
+    run.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="NAME=1x1,1x16,1x128",
+        help="smallest, usual and largest shape of an input for TensorRT, or three numbers for a"
+        " symbolic dimension",
+    )
+    run.add_argument(
+        "--provider",
+        choices=sorted(PROVIDERS),
+        help="exactly this one; the best there is by default",
+    )
+    run.add_argument("--repeat", type=int, default=1, metavar="N", help="timed runs")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--expert-use", action="store_true", help="show which experts the run used")
+    run.add_argument("--json", action="store_true", help="for machines")
+    run.set_defaults(command=_run)
+    return parser
+
+
+def _rewrite(options: argparse.Namespace) -> int:
+    report = moe_infer.rewrite(
+        options.model, options.out_dir, max_concurrency=options.max_concurrency
+    )
+    print(report)
+    return 0 if report else NOTHING_MATCHED
+
+
+def _lower(options: argparse.Namespace) -> int:
+    with Console(stderr=True).status("lowering"):
+        model = moe_infer.lower(options.model, options.out, PROVIDERS[options.provider])
+    fused = sum(node.op_type == "MoE" for node in model.graph.node)
+    branches = sum(node.op_type == "If" for node in model.graph.node)
+    print(f"{options.out}: {fused} layers by com.microsoft.MoE, {branches} experts by If")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    layers = moe_infer.inspect_model(options.model, tokens=options.tokens)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))
+        return 0
+    if not layers:
+        print("the model has no MoELayer")
+        return 0
+    tables = (_layers_table(layers), _memory_table(layers))
+    for table in tables:
+        _console().print(table)
+    return 0
+
+
+def _layers_table(layers: Sequence[Any]) -> Table:
+    table = Table("layer", "experts", "router", "sub-layer", "hidden states", "weights", "file")
+    for layer in layers:
+        shape = "?" if layer.shape is None else ", ".join(str(d or "?") for d in layer.shape)
+        table.add_row(
+            layer.name,
+            f"{layer.experts}, top {layer.top_k}",
+            f"{layer.router} by {layer.router_input}",
+            f"{layer.sublayer} {layer.d_model} x {layer.hidden_size}",
+            f"{layer.dtype} ({shape})",
+            f"{layer.weight_dtype}, {layer.weight_format}",
+            layer.weight_file,
+        )
+    return table
+
+
+def _memory_table(layers: Sequence[Any]) -> Table:
+    table = Table(
+        "layer", "on disk", "host", "slots", "a slot", "GPU: slots", "GPU: workspace", "on the CPU"
+    )
+    for column in table.columns[1:7]:
+        column.justify = "right"
+    for layer in layers:
+        workspace = layer.workspace_bytes
+        table.add_row(
+            layer.name,
+            _size(layer.disk_bytes),
+            _size(layer.host_bytes),
+            str(layer.slots),
+            _size(layer.slot_bytes),
+            _size(layer.slots_bytes),
+            "not asked (--tokens, on a GPU)" if workspace is None else _size(workspace),
+            layer.lowering,
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        _size(sum(layer.disk_bytes for layer in layers)),
+        _size(sum(layer.host_bytes for layer in layers)),
+        str(sum(layer.slots for layer in layers)),
+        "",
+        _size(sum(layer.slots_bytes for layer in layers)),
+    )
+    return table
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.repeat < 1:
+        raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
+    given = _given_inputs(options.input)
+    started = time.perf_counter()
+    with Console(stderr=True).status("creating the session"):
+        session = moe_infer.InferenceSession(
+            options.model,
+            providers=None if options.provider is None else [PROVIDERS[options.provider]],
+            input_shapes=_ranges(options.range) or None,
+            expert_use=options.expert_use,
+        )
+    creation = time.perf_counter() - started
+    feeds = _feeds(session, given, _shapes(options.shape), options.seed)
+    names = [output.name for output in session.get_outputs()]
+    times = []
+    console = Console(stderr=True)
+    for _ in track(
+        range(options.repeat),
+        "running",
+        console=console,
+        transient=True,
+        disable=options.repeat == 1,
+    ):
+        started = time.perf_counter()
+        values = session.run(None, feeds)
+        times.append(time.perf_counter() - started)
+    record = {
+        "model": str(options.model),
+        "moe_provider": session.moe_provider,
+        "lowered": session.lowered,
+        "providers": session.get_providers(),
+        "creation_s": creation,
+        "run_s": times,
+        "inputs": {name: _describe(value) for name, value in feeds.items()},
+        "outputs": {name: _describe(value) for name, value in zip(names, values, strict=True)},
+    }
+    if options.expert_use:
+        record["expert_use"] = {use.layer: use.tokens.tolist() for use in session.expert_use}
+    if options.json:
+        print(json.dumps(record, indent=1))
+    else:
+        _print_run(record)
+    return 0
+
+
+def _print_run(record: dict[str, Any]) -> None:
+    provider = record["moe_provider"] or record["providers"][0]
+    print(f"provider: {provider}{', lowered' if record['lowered'] else ''}")
+    times = sorted(record["run_s"])
+    print(
+        f"session in {record['creation_s']:.2f} s; {len(times)} runs, median"
+        f" {1e3 * times[len(times) // 2]:.2f} ms, fastest {1e3 * times[0]:.2f} ms"
+    )
+    for kind in ("inputs", "outputs"):
+        for name, told in record[kind].items():
+            print(f"{kind[:-1]} {name}: {told['dtype']} {tuple(told['shape'])}")
+    for layer, tokens in record.get("expert_use", {}).items():
+        used = sum(n > 0 for n in tokens)
+        print(f"experts of {layer}: {used} of {len(tokens)} used, tokens {tokens}")
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    array = np.asarray(value)
+    return {"dtype": str(array.dtype), "shape": list(array.shape)}
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name or not value:
+        raise ValueError(f"{option} must be NAME=VALUE, got '{text}'")
+    return name, value
+
+
+def _given_inputs(texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    given: dict[str, np.ndarray[Any, Any]] = {}
+    for text in texts:
+        if text.endswith(".npz") and "=" not in text:
+            with np.load(text, allow_pickle=False) as archive:
+                given.update({name: archive[name] for name in archive.files})
+        else:
+            name, path = _pair(text, "--input")
+            loaded = np.load(Path(path), allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                raise ValueError(f"--input {text}: expected one .npy array; an npz takes no name")
+            given[name] = loaded
+    return given
+
+
+def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for text in texts:
+        name, value = _pair(text, "--shape")
+        numbers = value.split(",")
+        if not all(n.strip().isdigit() for n in numbers):
+            raise ValueError(f"--shape must be like NAME=1,8, got '{text}'")
+        shapes[name] = tuple(int(n) for n in numbers)
+    return shapes
+
+
+def _ranges(texts: Sequence[str]) -> dict[str, Any]:
+    from moe_infer.runtime.profiles import parse_range
+
+    return {name: parse_range(value) for name, value in (_pair(t, "--range") for t in texts)}
+
+
+def _feeds(
+    session: Any,
+    given: dict[str, np.ndarray[Any, Any]],
+    shapes: dict[str, tuple[int, ...]],
+    seed: int,
+) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    inputs = {value.name: value for value in session.get_inputs()}
+    unknown = sorted((set(given) | set(shapes)) - set(inputs))
+    if unknown:
+        raise ValueError(f"the model has no input '{unknown[0]}'; it has {', '.join(inputs)}")
+    return {
+        name: given[name] if name in given else _random(rng, value, shapes.get(name))
+        for name, value in inputs.items()
+    }
+
+
+def _random(
+    rng: np.random.Generator, value: Any, shape: tuple[int, ...] | None
+) -> np.ndarray[Any, Any]:
+    if shape is None:
+        if not all(isinstance(d, int) for d in value.shape):
+            raise ValueError(
+                f"input '{value.name}' has the dynamic shape {value.shape}; give"
+                f" --shape {value.name}=... or --input {value.name}=FILE.npy"
+            )
+        shape = tuple(value.shape)
+    if value.type in _FLOATS:
+        return rng.standard_normal(shape).astype(_FLOATS[value.type])
+    if value.type in _WHOLE:
+        return rng.integers(0, 2, shape).astype(_WHOLE[value.type])
+    raise ValueError(
+        f"input '{value.name}' has type {value.type}, for which there are no random values; give"
+        f" --input {value.name}=FILE.npy"
+    )
+
+
+def _console() -> Console:
+    # A pipe has no width; a table must not be cut there.
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""An ``onnxruntime.InferenceSession`` that runs MoELayer nodes wherever it is.
+
+The way of a model: it is opened without its weights and every layer is checked (``lower_nodes``),
+then ``_choose`` says what runs it. With TensorRT the graph goes to ONNX Runtime as it is;
+otherwise ``graph/lower`` replaces the layers in memory first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+
+from moe_infer.errors import PluginError
+from moe_infer.graph.lower import EMBED_LIMIT, Lowered, lower_model
+from moe_infer.graph.lower_data import (
+    ELEMENT_TYPES,
+    embed_inflated,
+    make_absolute,
+    place_in_memory,
+)
+from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
+from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
+from moe_infer.inspect import LayerInfo, describe
+from moe_infer.runtime import plugin
+from moe_infer.runtime.expert_use import ExpertUse, add_taps, count
+from moe_infer.runtime.profiles import make_profiles
+from moe_infer.weights import resolve_weight_path
+
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_PREPACKING = "session.disable_prepacking"
+
+_logger = logging.getLogger("moe_infer")
+_said = False
+_said_lock = threading.Lock()
+
+Providers = Sequence[str | tuple[str, dict[Any, Any]]]
+
+
+class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
+    """Runs a model with MoELayer nodes: through TensorRT, or lowered to ONNX Runtime's operators.
+
+    Each layer and its weight file are checked first, so that what is wrong is told at creation.
+    Relative weight paths are looked for in the model's folder too.
+
+    Args:
+        path: the model's path, or its bytes (relative weight paths are then looked for in
+            ``MOE_INFER_WEIGHT_DIR`` and the working directory alone).
+        sess_options: as for ONNX Runtime. While the session is made, its entries for the folder of
+            external data and, for a lowered model, prepacking are set.
+        providers: obeyed exactly. None: TensorRT with CUDA and CPU where TensorRT and the plugin
+            can be used; otherwise the model is lowered for CUDA if there is a GPU, else for the
+            CPU, which is said once in a process through the logger ``moe_infer``.
+        provider_options: as for ONNX Runtime.
+        input_shapes: ranges of dynamic inputs, which TensorRT builds its engine for: three shapes
+            (smallest, usual, largest) under an input's name, or three numbers under the name of a
+            symbolic dimension. Checked on every provider.
+        expert_use: make :attr:`expert_use` tell which experts the last run used.
+
+    Attributes:
+        moe_layers: what :func:`moe_infer.inspect_model` tells of the layers.
+        moe_provider: provider that runs the layers; None for a model without any.
+        lowered: True if the layers were replaced by standard operators.
+
+    Raises:
+        FileNotFoundError: the model or a weight file is nowhere.
+        WeightFileError: a weight file is damaged or does not fit its layer.
+        PluginError: ``providers`` asks for TensorRT, which cannot run here.
+        ValueError: the model, a layer or an argument is not right.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | bytes,
+        sess_options: ort.SessionOptions | None = None,
+        providers: Providers | None = None,
+        provider_options: Sequence[dict[Any, Any]] | None = None,
+        input_shapes: Mapping[str, Any] | None = None,
+        *,
+        expert_use: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        model, folder = load_model(path)
+        model = inline_functions(model)
+        layers = read_layers(model, folder)
+        asked = _normalize(providers, provider_options)
+        profiles = make_profiles(_inputs(model), input_shapes) if input_shapes else None
+        choice = _choose(asked, bool(layers))
+        self.moe_layers: list[LayerInfo] = [describe(layer) for layer in layers]
+        self.lowered = bool(layers) and choice.moe_provider != TENSORRT_PROVIDER
+        self.moe_provider = choice.moe_provider if layers else None
+        self._layers = layers
+        self._taps = add_taps(model, layers) if expert_use else []
+        self._expert_use: list[ExpertUse] | None = None
+
+        options = sess_options if sess_options is not None else ort.SessionOptions()
+        prepared = _Prepared(path)
+        if self.lowered:
+            prepared = _lower(model, folder, choice.moe_provider, layers, options)
+        elif layers:
+            prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps))
+            if profiles is not None:
+                options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
+                options_of_tensorrt.update(profiles.provider_options())
+        self._kept_alive = prepared.kept_alive
+        if self.lowered and choice.reason:
+            _say_once(choice)
+        with _Entries(options, prepared.entries, sess_options is not None):
+            try:
+                super().__init__(
+                    prepared.model,
+                    options,
+                    [name for name, _ in choice.providers],
+                    [values for _, values in choice.providers],
+                    # The first error is the one that helps; ONNX Runtime's own fallback hides it.
+                    **{"enable_fallback": 0, **kwargs},
+                )
+            except Exception as error:
+                _add_native_error(error, self.moe_provider)
+                raise
+
+    @property
+    def expert_use(self) -> list[ExpertUse]:
+        """For each layer, how many tokens chose each expert in the last ``run``.
+
+        Raises:
+            ValueError: the session was made without ``expert_use=True``, or did not run yet.
+        """
+        if self._expert_use is None:
+            what = "did not run yet" if self._taps else "was made without expert_use=True"
+            raise ValueError(f"expert_use: the session {what}")
+        return self._expert_use
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: ort.RunOptions | None = None,
+    ) -> list[Any]:
+        """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
+        if not self._taps:
+            plain: list[Any] = super().run(output_names, input_feed, run_options)
+            return plain
+        names = list(output_names or [output.name for output in self.get_outputs()])
+        values = super().run([*names, *self._taps], input_feed, run_options)
+        tapped = values[len(names) :]
+        self._expert_use = [count(*pair) for pair in zip(self._layers, tapped, strict=True)]
+        return list(values[: len(names)])
+
+    def get_outputs(self) -> list[Any]:
+        """The model's outputs, without those that are there for ``expert_use`` alone."""
+        return [output for output in super().get_outputs() if output.name not in self._taps]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What runs a model.
+
+    Attributes:
+        providers: name and options, in order.
+        moe_provider: the one that runs the MoELayer nodes.
+        reason: why not TensorRT, if nobody asked for the providers; else "".
+    """
+
+    providers: list[tuple[str, dict[Any, Any]]]
+    moe_provider: str
+    reason: str = ""
+
+
+@dataclass
+class _Prepared:
+    """What goes to ONNX Runtime."""
+
+    model: str | os.PathLike[str] | bytes
+    entries: dict[str, str] = field(default_factory=dict)
+    kept_alive: list[Any] = field(default_factory=list)
+
+
+class _Entries:
+    """Sets configuration entries of SessionOptions, and puts back what a user's options had."""
+
+    def __init__(
+        self, options: ort.SessionOptions, entries: Mapping[str, str], restore: bool
+    ) -> None:
+        self._options = options
+        self._entries = entries
+        self._restore = restore
+        self._before: dict[str, str] = {}
+
+    def __enter__(self) -> None:
+        for key, value in self._entries.items():
+            before = _entry(self._options, key)
+            if before == value:
+                continue
+            self._before[key] = before
+            self._options.add_session_config_entry(key, value)
+
+    def __exit__(self, *_: object) -> None:
+        # ONNX Runtime logs a warning for each entry that is set again, so not without need.
+        for key, value in self._before.items() if self._restore else ():
+            self._options.add_session_config_entry(key, value)
+
+
+def _entry(options: ort.SessionOptions, key: str) -> str:
+    # ONNX Runtime raises for an entry that was never set; it takes these defaults to be the same.
+    with suppress(RuntimeError):
+        return str(options.get_session_config_entry(key))
+    return "0" if key == _PREPACKING else ""
+
+
+def _normalize(
+    providers: Providers | None, provider_options: Sequence[dict[Any, Any]] | None
+) -> list[tuple[str, dict[Any, Any]]] | None:
+    """Names and options, in order; None if no providers are asked for."""
+    if providers is None:
+        if provider_options is not None:
+            raise ValueError("provider_options are given without providers; give both")
+        return None
+    if not providers:
+        raise ValueError(f"providers is empty; available are {_available()}")
+    given = provider_options if provider_options is not None else [{} for _ in providers]
+    if len(given) != len(providers):
+        raise ValueError(
+            f"providers has {len(providers)} entries, but provider_options has {len(given)}"
+        )
+    pairs = []
+    for provider, options in zip(providers, given, strict=True):
+        name, own = (provider, {}) if isinstance(provider, str) else provider
+        pairs.append((name, {**own, **options}))
+    return pairs
+
+
+def _choose(asked: list[tuple[str, dict[Any, Any]]] | None, has_layers: bool) -> _Choice:
+    """What runs the model; see ``providers`` of the session."""
+    available = ort.get_available_providers()
+    if asked is None:
+        return _choose_best(available)
+    names = [name for name, _ in asked]
+    for name in names:
+        if name not in available:
+            message = f"{name} was asked for, but this ONNX Runtime has {', '.join(available)}"
+            if name == TENSORRT_PROVIDER:
+                raise PluginError(f"{message}; pip install 'moe-infer[gpu]' brings it")
+            raise ValueError(f"{message}; choose among these or install another ONNX Runtime")
+    if TENSORRT_PROVIDER in names:
+        if has_layers and not (status := plugin.status()).usable:
+            raise PluginError(f"{TENSORRT_PROVIDER} was asked for, but {status.reason}")
+        return _Choice(asked, TENSORRT_PROVIDER)
+    return _Choice(asked, CUDA_PROVIDER if CUDA_PROVIDER in names else CPU_PROVIDER)
+
+
+def _choose_best(available: Sequence[str]) -> _Choice:
+    if TENSORRT_PROVIDER not in available:
+        reason = f"this ONNX Runtime has no {TENSORRT_PROVIDER} (pip install 'moe-infer[gpu]')"
+    elif (status := plugin.status()).usable:
+        names = (TENSORRT_PROVIDER, CUDA_PROVIDER, CPU_PROVIDER)
+        return _Choice([(name, {}) for name in names if name in available], TENSORRT_PROVIDER)
+    else:
+        reason = status.reason
+    if CUDA_PROVIDER in available and plugin.gpu_count():
+        return _Choice([(CUDA_PROVIDER, {}), (CPU_PROVIDER, {})], CUDA_PROVIDER, reason)
+    return _Choice([(CPU_PROVIDER, {})], CPU_PROVIDER, reason)
+
+
+def _available() -> str:
+    return ", ".join(ort.get_available_providers())
+
+
+def _say_once(choice: _Choice) -> None:
+    global _said
+    with _said_lock:
+        if _said:
+            return
+        _said = True
+    _logger.warning(
+        "MoELayer nodes are lowered to operators of %s, without TensorRT: %s",
+        choice.moe_provider,
+        choice.reason,
+    )
+
+
+def _lower(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    provider: str,
+    layers: list[LayerNode],
+    options: ort.SessionOptions,
+) -> _Prepared:
+    lowered = lower_model(model, folder, provider, layers)
+    kept_alive: list[Any] = []
+    if lowered.data.inflated_bytes > EMBED_LIMIT:
+        kept_alive = _give_arrays(lowered, options)
+    else:
+        embed_inflated(lowered.model, lowered.data)
+    # Without prepacking the weights stay in the mapped file and only what is used is read; with
+    # it every expert would be repacked into private memory now.
+    entries = {_PREPACKING: "1"}
+    found = place_in_memory(lowered.model)
+    if found is not None:
+        entries[_FOLDER] = str(found)
+    return _Prepared(lowered.model.SerializeToString(), entries, kept_alive)
+
+
+def _give_arrays(lowered: Lowered, options: ort.SessionOptions) -> list[Any]:
+    """Hands deflated experts to ONNX Runtime in memory, beside a model that could not hold them."""
+    names: list[str] = []
+    values: list[Any] = []
+    kept: list[Any] = []
+    for name, array in lowered.data.arrays():
+        dtype = ELEMENT_TYPES[array.dtype.name]
+        bits = array.view("u2") if array.dtype.name == "bfloat16" else array
+        names.append(name)
+        values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype))
+        kept += [array, values[-1]]
+    options.add_external_initializers(names, values)
+    return kept
+
+
+def _for_tensorrt(
+    path: str | os.PathLike[str] | bytes,
+    model: onnx.ModelProto,
+    folder: Path | None,
+    layers: list[LayerNode],
+    changed: bool,
+) -> _Prepared:
+    """The model for TensorRT, whose plugin does not know the model's folder."""
+    for layer in layers:
+        file = layer.weights.file
+        if file is None or _plugin_finds(layer.config.expert_weight_file, file.path):
+            continue
+        changed = True
+        for attribute in model.graph.node[layer.index].attribute:
+            if attribute.name == "expert_weight_file":
+                attribute.s = os.fsencode(file.path)
+    if not changed:
+        return _Prepared(path)
+    make_absolute(model, folder)
+    found = place_in_memory(model)
+    entries = {} if found is None else {_FOLDER: str(found)}
+    return _Prepared(model.SerializeToString(), entries)
+
+
+def _plugin_finds(text: str, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samefile(resolve_weight_path(text), path)
+    return False
+
+
+def _add_native_error(error: Exception, moe_provider: str | None) -> None:
+    """Puts the plugin's sentence, which is otherwise only in TensorRT's log, into the exception."""
+    if moe_provider != TENSORRT_PROVIDER:
+        return
+    with suppress(PluginError, AttributeError):
+        said = plugin.load().moe_infer_last_error().decode(errors="replace")
+        if said and said not in str(error):
+            error.args = (f"{error}; the plugin says: {said}", *error.args[1:])
+
+
+def _inputs(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
+    """Dimensions of each input that is no initializer."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        value.name: [
+            d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+            for d in value.type.tensor_type.shape.dim
+        ]
+        for value in model.graph.input
+        if value.name not in constants
+    }
