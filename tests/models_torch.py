@@ -34,7 +34,8 @@ class Style:
     """``separate`` gate and up (E, I, d); ``chunk``: (E, 2I, d), gate rows first; ``interleaved``:
     (E, 2I, d), rows alternate; ``transposed``: (E, d, I) and (E, I, d)."""
     product: str = "bmm"
-    """``bmm``, ``einsum`` or ``dense`` (all experts by einsum, weighted by a mask)."""
+    """``bmm`` or ``einsum`` of gathered weights; or all experts: ``dense`` by einsum, weighted by a
+    one-hot mask, ``scatter`` the same with weights scattered into zeros, ``matmul`` by MatMul."""
     linear_router: bool = False
     half: bool = False
     """Weights stored in float16 and cast to float32 where they are used."""
@@ -70,6 +71,8 @@ def variants() -> Iterator[Style]:
     yield replace(base, half=True, sublayer="t5", router="default", top_k=1, normalize=False)
     for layout in ("separate", "chunk", "transposed"):
         yield replace(base, layout=layout, product="dense")
+    yield replace(base, product="scatter")
+    yield replace(base, product="matmul")
     yield replace(base, product="dense", router="topk_softmax", normalize=False)
     yield replace(base, product="dense", router="default", top_k=1, normalize=False)
 
@@ -107,7 +110,7 @@ class Moe(nn.Module):
         x = x.reshape(-1, d)
         scores = self.router(x) if self.style.linear_router else x @ self.router.float()
         weights, chosen = self.route(scores)
-        run = self.dense if self.style.product == "dense" else self.gathered
+        run = self.gathered if self.style.product in ("bmm", "einsum") else self.dense
         out = run(x, weights, chosen)
         if self.style.router == "base_layer":
             assert weights is not None
@@ -181,8 +184,14 @@ class Moe(nn.Module):
 
     def dense(self, x: Tensor, weights: Tensor | None, chosen: Tensor) -> Tensor:
         """Every expert on every token, weighted by a one-hot mask."""
-        mask = functional.one_hot(chosen, self.experts).to(x.dtype)  # (tokens, k, experts)
-        weight = mask.sum(1) if weights is None else (mask * weights.unsqueeze(-1)).sum(1)
+        if self.style.product == "scatter":
+            assert weights is not None
+            weight = torch.zeros(x.shape[0], self.experts).scatter(1, chosen, weights)
+        else:
+            mask = functional.one_hot(chosen, self.experts).to(x.dtype)  # (tokens, k, experts)
+            weight = mask.sum(1) if weights is None else (mask * weights.unsqueeze(-1)).sum(1)
+        if self.style.product == "matmul":
+            return self.dense_matmul(x, weight)
         if self.style.layout == "chunk":
             gate, up = self.split(torch.einsum("td,eid->tei", x, self.gate_up.float()))
         else:
@@ -193,6 +202,13 @@ class Moe(nn.Module):
         spec = "tei,eid->ted" if self.style.layout == "transposed" else "tei,edi->ted"
         out = torch.einsum(spec, hidden, self.down.float())
         return (out * weight.unsqueeze(-1)).sum(1)
+
+    def dense_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Every expert by batched MatMul, experts first."""
+        gate = torch.matmul(x, self.gate.float().transpose(1, 2))  # (experts, tokens, hidden)
+        up = torch.matmul(x, self.up.float().transpose(1, 2))
+        out = torch.matmul(self.activate(gate) * up, self.down.float().transpose(1, 2))
+        return (out * weight.T.unsqueeze(-1)).sum(0)
 
 
 class Stack(nn.Module):

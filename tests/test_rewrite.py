@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -460,6 +461,47 @@ def test_the_trained_example(
         }
     inputs = {"tokens": np.arange(40).reshape(1, 40)}
     assert_same_outputs(source, tmp_path / "model.onnx", inputs)
+
+
+def _t5(change: Callable[[onnx.NodeProto, dict[str, onnx.TensorProto]], None]) -> RewriteReport:
+    """The example's T5 graph with its nodes or constants changed; nothing may be written."""
+    model = onnx.load(EXAMPLE / "t5_top1.onnx", load_external_data=False)
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        change(node, constants)
+    return rewrite(model, "/nonexistent/never-written", base_dir=EXAMPLE)
+
+
+def test_a_norm_with_another_epsilon_is_no_t5() -> None:
+    def change(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:
+        if node.op_type == "Add":
+            for name in node.input:
+                tensor = constants.get(name)
+                if tensor is not None and not tensor.dims:
+                    tensor.CopyFrom(numpy_helper.from_array(np.array(1e-5, np.float32), name))
+
+    report = _t5(change)
+    assert not report
+    assert len(report.near_misses) >= 4
+    assert "the norm's epsilon is 1e-05; T5_FF's is 1e-06" in report.near_misses[0].reason
+
+
+def test_gelu_by_erf_is_no_t5() -> None:
+    def change(node: onnx.NodeProto, _: dict[str, onnx.TensorProto]) -> None:
+        if node.op_type == "Gelu":
+            del node.attribute[:]
+
+    report = _t5(change)
+    assert not report
+    assert "the activation is gelu; T5_FF's is gelu by tanh" in report.near_misses[0].reason
+
+
+def test_an_old_opset_is_said() -> None:
+    model = block()
+    model.opset_import[0].version = 12
+    report = rewrite(model, "/nonexistent/never-written")
+    assert not report
+    assert "opset 12; convert the model to 13 or newer" in str(report)
 
 
 def test_the_report_says_what_was_done(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def write_experts(
             for tensor in SUBLAYERS[match.sublayer].tensors:
                 pieces = _experts(match, tensor, constants, advance)
                 writer.write(layer_prefix(i) + tensor.name, pieces)
+                for constant in constants.values():
+                    constant.release()
     assert writer.digest is not None
     return writer.digest
 

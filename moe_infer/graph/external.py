@@ -163,6 +163,7 @@ class Constant:
             )
         self.dtype = WEIGHT_DTYPES[tensor.data_type]
         self._tensor = tensor
+        self._copy: bytes | None = None
         self._range = locate(tensor, base_dir) if is_external(tensor) else None
         stored = len(tensor.raw_data) if tensor.HasField("raw_data") else None
         if self._range is None and stored not in (None, tensor_bytes(tensor)):
@@ -193,10 +194,14 @@ class Constant:
         values: NDArray[np.generic] = numpy_helper.to_array(self._tensor)[index]
         return values
 
+    def release(self) -> None:
+        """Drops what is kept in memory between entries."""
+        self._copy = None
+
     def _raw(self) -> bytes:
-        if not hasattr(self, "_raw_data"):
-            self._raw_data = self._tensor.raw_data
-        return self._raw_data
+        if self._copy is None:
+            self._copy = self._tensor.raw_data
+        return self._copy
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:

@@ -22,10 +22,13 @@ from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.expression import Expr
 from moe_infer.graph.interpreter import Interpreter, Opaque
-from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, describe
+from moe_infer.graph.match import GraphView, Match, NearMiss, describe
 from moe_infer.graph.patterns import Mismatch, Stage, match_layer
 
 NAME = "stacked"
+
+OLDEST_OPSET = 13
+"""Before it Softmax, Split and reductions had other meanings or took axes in other ways."""
 
 _LAYOUT = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze")
 _MOST_CANDIDATES = 8
@@ -56,6 +59,9 @@ def find(view: GraphView) -> Iterator[Match | NearMiss]:
 
 
 def _at(view: GraphView, anchor: NodeProto) -> Match | NearMiss:
+    if view.opset < OLDEST_OPSET:
+        reason = f"opset {view.opset}; convert the model to {OLDEST_OPSET} or newer"
+        return NearMiss(NAME, describe(anchor), Stage.ROUTER, describe(anchor), reason)
     logits = _logits(view, anchor)
     best = _Attempt()
     reason = "the tensor from which the scores are computed could not be found"
@@ -76,7 +82,7 @@ def _logits(view: GraphView, anchor: NodeProto) -> str:
         node = view.producer(name)
         if node is None or node.op_type not in ("Softmax", "Sigmoid", "Cast", "Identity"):
             return name
-        if node.op_type == "Softmax" and attribute(node, "axis", -1) not in (-1, 1, 2):
+        if _rounds(view, node):
             return name
         name = str(node.input[0])
 
@@ -159,8 +165,8 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
         _explain(view, reader, attempt)
         return attempt
     hidden, output = _ends(view, reader, hidden, outputs)
-    ends = {"hidden_states": hidden, "router_logits": logits, "output": output}
-    attempt.match = Match(family=NAME, anchor=describe(anchor), **ends, **fields)
+    fields.update(hidden_states=hidden, router_logits=logits, output=output)
+    attempt.match = Match(family=NAME, anchor=describe(anchor), **fields)
     return attempt
 
 
