@@ -1,27 +1,50 @@
-// Grouped GEMM over experts: for each group g, C[rows of g] = A[rows of g] x W_g^T.
+// One matrix product for each group of rows, against the weights of the group's expert:
 //
-// A (rows, k) and C (rows, n) are row-major and grouped by expert; W_g is row-major (n, k) in the group's slot. The
-// problem sizes lie on the device. Sums are in float32; float32 operands are not rounded to TF32.
-// A row's result depends on its own values, on n, k and the type only: not on the other rows or groups.
+//   output[rows of g] = input[rows of g] @ W_g^T (+ source[rows of g]),  W_g (n, k) row-major in the slot of g
+//
+// Sums are in float32. How many rows a group has is known to the device alone; groups without rows cost nothing. Which
+// kernel runs depends on what the host knows of the whole call (rows, expert_count, n, k, type, alignment), and a
+// tile's result on its group alone: so it does not matter which experts share a call, and resident and streaming
+// results agree in every bit. docs/kernels.md says which kernel runs when.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/data_type.h"
+#include "gemm/activation.cuh"
 #include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 
 struct GroupedGemm {
-  ExpertGroups groups;
   DataType dtype = DataType::kFloat32;
+  ExpertGroups groups;       // ascending in their rows, as route/ makes them
+  int64_t rows = 0;          // of input and output: SubLayerCall::rows
+  int32_t expert_count = 0;  // SubLayerCall::expert_count
   int64_t n = 0;
   int64_t k = 0;
-  void const* a = nullptr;
-  void* c = nullptr;
-  uint64_t weight_offset = 0;  // of W in a slot, bytes
-  void* workspace = nullptr;
+  uint64_t weight_offset = 0;  // of W in a slot
+  void const* input = nullptr;
+  int64_t input_stride = 0;      // elements from a row to the next, at least k
+  void const* source = nullptr;  // (rows, n), added before rounding; nullptr: none. Not together with an activation
+  void* output = nullptr;        // (rows, n); with an activation (rows, n / 2)
+  Activation activation = Activation::kNone;
+  void* workspace = nullptr;  // grouped_gemm_workspace(groups.count) bytes, 16-byte aligned. Calls on one stream may
+                              // share it; each call writes it before it reads it
   cudaStream_t stream = nullptr;
 };
 
-size_t grouped_gemm_workspace_bytes(int32_t groups);
+// Bytes of workspace for up to `groups` groups.
+size_t grouped_gemm_workspace(int32_t groups);
+
+// True when grouped_gemm applies gated activations for this type itself. For float32 the caller does.
+constexpr bool fuses_activation(DataType dtype) { return dtype != DataType::kFloat32; }
+
+// Enqueues the products. Neither synchronises nor allocates. Throws Error(MOE_INFER_INVALID) when a size is beyond what
+// the kernels count in 32 bits.
 void grouped_gemm(GroupedGemm const& gemm);
 
 }  // namespace moe_infer

@@ -48,8 +48,8 @@ __device__ int32_t first_row(uint32_t const* experts_of_rows, int32_t rows, uint
 
 __global__ void __launch_bounds__(kThreads)
     find_rows_kernel(uint32_t const* __restrict__ experts_of_rows, int32_t const* __restrict__ choice_of_row,
-                     int32_t rows, int32_t experts, int32_t* __restrict__ row_of_choice, int32_t* __restrict__ row_begin,
-                     int32_t* __restrict__ counts) {
+                     int32_t rows, int32_t experts, int32_t* __restrict__ row_of_choice,
+                     int32_t* __restrict__ row_begin, int32_t* __restrict__ counts) {
   int64_t const i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < rows) row_of_choice[choice_of_row[i]] = static_cast<int32_t>(i);
   if (i <= experts) {

@@ -30,9 +30,7 @@ __device__ uint32_t sortable(float score) {
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
 }
 
-__device__ float score_of(uint32_t key) {
-  return __uint_as_float((key & 0x80000000U) != 0 ? key & 0x7fffffffU : ~key);
-}
+__device__ float score_of(uint32_t key) { return __uint_as_float((key & 0x80000000U) != 0 ? key & 0x7fffffffU : ~key); }
 
 // exp of a negative number only, so that neither end overflows.
 __device__ float sigmoid(float x) {
@@ -68,7 +66,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
     return;
   }
 
-  float highest = 0.0F;     // score of the first choice
+  float highest = 0.0F;      // score of the first choice
   float denominator = 0.0F;  // of the softmax
   bool const over_all = router == Router::kSoftmaxTopK && !normalize;
   for (int32_t k = 0; k < top_k; ++k) {

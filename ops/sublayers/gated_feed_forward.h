@@ -1,29 +1,30 @@
-// down(act(gate(x)) * up(x)), the feed-forward that today's experts share; T5_FF and Gated_SiLU are built on it.
+// The gated feed-forward that sub-layers share: down(act(gate(x)) * up(x)), with `gate_up` (2 * hidden_size, d_model)
+// whose gate and up rows alternate, and `down` (d_model, hidden_size).
 #pragma once
 
+#include <cstdint>
+
+#include "gemm/grouped_gemm.h"
 #include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 
-enum class Activation { kSilu, kGeluTanh };
+struct GatedFeedForward {
+  SubLayerShape shape;
+  uint64_t gate_up_offset = 0;  // in a slot
+  uint64_t down_offset = 0;
+  Activation activation = Activation::kSilu;
 
-class GatedFeedForward : public MoESubLayer {
- public:
-  // `norm_part` is the name of an RMS norm's weight in the file: then x is normalised before, and added after. Empty:
-  // neither. `gate_part`, `up_part` and `down_part` are the names where a file holds the experts one by one.
-  GatedFeedForward(SubLayerShape const& shape, Activation activation, std::string norm_part, std::string gate_part,
-                   std::string up_part, std::string down_part);
+  // Throws Error(MOE_INFER_INVALID) when the sizes are beyond what the kernels count in 32 bits.
+  static void check(SubLayerShape const& shape);
 
-  std::vector<ExpertTensor> tensors() const override;
-  size_t workspace_bytes(int64_t rows, int32_t groups) const override;
-  void run(SubLayerCall const& call) const override;
-
- private:
-  struct Workspace;
-  Workspace slice(int64_t rows, int32_t groups, uint8_t* base, size_t* bytes) const;
-
-  Activation activation_;
-  std::string norm_part_, gate_part_, up_part_, down_part_;
+  size_t workspace_bytes(int64_t rows, int32_t groups) const;
+  // call.output = feed-forward of `input` (rows, d_model) + residual (rows, d_model; nullptr: none). `workspace`:
+  // workspace_bytes(call.rows, call.groups.count), 256-byte aligned.
+  void run(SubLayerCall const& call, void const* input, void const* residual, uint8_t* workspace) const;
 };
+
+// Bytes rounded up so that what follows is aligned as slots and workspaces are.
+constexpr size_t aligned_size(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace moe_infer

@@ -1,3 +1,4 @@
+// The sub-layers by name. Each registers itself when the library is loaded (MOE_REGISTER_SUBLAYER).
 #include <map>
 
 #include "core/error.h"
@@ -6,10 +7,10 @@
 namespace moe_infer {
 namespace {
 
-// Filled by the registrations' constructors when the library is loaded, in any order: hence a function's static.
+// Inside a function, so that it exists before the first registration, whatever the order of the files.
 std::map<std::string, SubLayerFactory>& factories() {
-  static std::map<std::string, SubLayerFactory> map;
-  return map;
+  static std::map<std::string, SubLayerFactory> registered;
+  return registered;
 }
 
 }  // namespace
@@ -24,10 +25,12 @@ std::vector<std::string> sub_layer_names() {
 
 std::unique_ptr<MoESubLayer> make_sub_layer(std::string const& name, SubLayerShape const& shape) {
   auto const found = factories().find(name);
-  if (found != factories().end()) return found->second(shape);
-  std::string known;
-  for (std::string const& other : sub_layer_names()) known += (known.empty() ? "" : ", ") + other;
-  throw invalid("MoELayer: attribute 'expert_sublayer_type' is '" + name + "'; known are " + known);
+  if (found == factories().end()) {
+    std::string known;
+    for (std::string const& other : sub_layer_names()) known += (known.empty() ? "" : ", ") + other;
+    throw invalid("MoELayer: attribute 'expert_sublayer_type' is '" + name + "'; known are " + known);
+  }
+  return found->second(shape);
 }
 
 }  // namespace moe_infer

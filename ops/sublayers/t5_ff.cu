@@ -1,18 +1,48 @@
-// T5_FF: x + wo(gelu_tanh(wi_0(n)) * wi_1(n)), n = layer_norm * x / sqrt(mean(x^2) + 1e-6), the feed-forward of T5
-// v1.1.
+// T5_FF: x + down(gelu_tanh(gate(n)) * up(n)), n = layer_norm * x / sqrt(mean(x^2) + 1e-6). InfMoE's expert, which is
+// T5 v1.1's feed-forward layer with its norm and its residual.
 #include "sublayers/gated_feed_forward.h"
+#include "sublayers/row_kernels.h"
+#include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 namespace {
 
-class T5FeedForward : public GatedFeedForward {
+class T5FeedForward final : public MoESubLayer {
  public:
-  explicit T5FeedForward(SubLayerShape const& shape)
-      : GatedFeedForward(shape, Activation::kGeluTanh, "layer_norm_weight", "wi_0_weight", "wi_1_weight", "wo_weight") {
+  explicit T5FeedForward(SubLayerShape const& shape) : MoESubLayer(shape) {
+    GatedFeedForward::check(shape);
+    layout_ = SlotLayout(T5FeedForward::tensors(), shape.dtype);
+    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::kGeluTanh};
   }
+
+  std::vector<ExpertTensor> tensors() const override {
+    return {{"layer_norm", {"layer_norm_weight"}, 1, shape_.d_model, true},
+            {"gate_up", {"wi_0_weight", "wi_1_weight"}, 2 * shape_.hidden_size, shape_.d_model},
+            {"down", {"wo_weight"}, shape_.d_model, shape_.hidden_size}};
+  }
+
+  // The normalised rows, then what the feed-forward needs.
+  size_t workspace_bytes(int64_t rows, int32_t groups) const override {
+    return normed_bytes(rows) + feed_forward_.workspace_bytes(rows, groups);
+  }
+
+  void run(SubLayerCall const& call) const override {
+    if (call.rows == 0 || call.groups.count == 0) return;
+    auto* const normed = static_cast<uint8_t*>(call.workspace);
+    rms_norm_rows(call, shape_.dtype, shape_.d_model, layout_.offsets[0], normed);
+    feed_forward_.run(call, normed, call.input, normed + normed_bytes(call.rows));
+  }
+
+ private:
+  size_t normed_bytes(int64_t rows) const {
+    return aligned_size(static_cast<size_t>(rows) * static_cast<size_t>(shape_.d_model) * size_of(shape_.dtype));
+  }
+
+  GatedFeedForward feed_forward_;
 };
+
+}  // namespace
 
 MOE_REGISTER_SUBLAYER("T5_FF", T5FeedForward)
 
-}  // namespace
 }  // namespace moe_infer

@@ -1,0 +1,9 @@
+#include "gemm/cutlass_grouped.cuh"
+
+namespace moe_infer {
+
+void run_float16_narrow(GroupedGemm const& gemm, GroupArrays const& arrays) {
+  NarrowGemm<cutlass::half_t>::run(gemm, arrays);
+}
+
+}  // namespace moe_infer

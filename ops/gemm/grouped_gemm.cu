@@ -1,0 +1,120 @@
+// Chooses the kernel of a grouped product and prepares what it reads.
+#include <limits>
+#include <string>
+
+#include "core/cuda_check.h"
+#include "core/element.cuh"
+#include "gemm/grouped_gemm.h"
+#include "gemm/instances.h"
+
+namespace moe_infer {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Rows an expert, on average over the call, up to which the narrow tile wins: there the product is bound by reading
+// the weights, and a wide tile would compute mostly rows that are not there.
+constexpr int64_t kNarrowRows = 32;
+
+bool is_narrow(GroupedGemm const& gemm) { return gemm.rows <= kNarrowRows * gemm.expert_count; }
+
+// What tensor-core kernels ask for: every row of every operand begins at 16 bytes.
+bool is_vectorizable(GroupedGemm const& gemm) {
+  int64_t const unit = 16 / static_cast<int64_t>(size_of(gemm.dtype));
+  return gemm.n % unit == 0 && gemm.k % unit == 0 && gemm.input_stride % unit == 0 && is_aligned(gemm.input) &&
+         is_aligned(gemm.output) && is_aligned(gemm.source) && is_aligned(gemm.groups.slots) &&
+         gemm.groups.slot_bytes % 16 == 0 && gemm.weight_offset % 16 == 0;
+}
+
+// CUTLASS counts columns, strides and tiles in int32.
+void check_sizes(GroupedGemm const& gemm) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kSmallestTile = 16 * 64;
+  bool const fits = gemm.rows <= kMost && gemm.n <= kMost && gemm.k <= kMost && gemm.input_stride <= kMost &&
+                    (gemm.rows + 16 * static_cast<int64_t>(gemm.groups.count)) <= kMost / 2 * kSmallestTile / gemm.n;
+  if (!fits) {
+    throw invalid("MoELayer: a product of " + std::to_string(gemm.rows) + " rows, " + std::to_string(gemm.n) +
+                  " columns and inner size " + std::to_string(gemm.k) + " is too large; give fewer tokens in a run");
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    fill_kernel(ExpertGroups groups, uint8_t* input, int64_t input_row_bytes, uint8_t* source, uint8_t* output,
+                int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t output_stride,
+                uint64_t weight_offset, GroupArrays arrays) {
+  int32_t const g = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
+  if (g >= groups.count) return;
+  int64_t const begin = groups.row_begin[g];
+  int64_t const rows = groups.row_end[g] - begin;
+  arrays.problems[3 * g] = static_cast<int32_t>(rows > 0 ? rows : 0);
+  arrays.problems[3 * g + 1] = n;
+  arrays.problems[3 * g + 2] = k;
+  arrays.inputs[g] = input + begin * input_row_bytes;
+  // A group without rows may have no slot; its weights are not read.
+  uint64_t const slot = rows > 0 ? static_cast<uint64_t>(groups.slot_of_group[g]) : 0;
+  arrays.weights[g] = const_cast<uint8_t*>(groups.slots) + slot * groups.slot_bytes + weight_offset;
+  arrays.outputs[g] = output + begin * output_row_bytes;
+  arrays.sources[g] = source == nullptr ? arrays.outputs[g] : source + begin * output_row_bytes;
+  arrays.input_strides[g] = input_stride;
+  arrays.weight_strides[g] = k;
+  arrays.output_strides[g] = output_stride;
+}
+
+template <class T>
+T* take(uint8_t* base, size_t* bytes, size_t count) {
+  T* const slice = base == nullptr ? nullptr : reinterpret_cast<T*>(base + *bytes);
+  *bytes += (count * sizeof(T) + 15) / 16 * 16;
+  return slice;
+}
+
+}  // namespace
+
+size_t GroupArrays::layout(int32_t groups, uint8_t* base, GroupArrays* arrays) {
+  auto const count = static_cast<size_t>(groups);
+  size_t bytes = 0;
+  GroupArrays a;
+  a.problems = take<int32_t>(base, &bytes, 3 * count);
+  a.inputs = take<void*>(base, &bytes, count);
+  a.weights = take<void*>(base, &bytes, count);
+  a.sources = take<void*>(base, &bytes, count);
+  a.outputs = take<void*>(base, &bytes, count);
+  a.input_strides = take<int64_t>(base, &bytes, count);
+  a.weight_strides = take<int64_t>(base, &bytes, count);
+  a.output_strides = take<int64_t>(base, &bytes, count);
+  if (arrays != nullptr) *arrays = a;
+  return bytes;
+}
+
+size_t grouped_gemm_workspace(int32_t groups) { return GroupArrays::layout(groups, nullptr, nullptr); }
+
+void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
+  auto const element = static_cast<int64_t>(size_of(gemm.dtype));
+  int64_t const columns = gemm.activation == Activation::kNone ? gemm.n : gemm.n / 2;
+  // With an activation the kernel stores n units of half an element a row (see gated_epilogue.cuh): a stride of n too.
+  auto const blocks = static_cast<unsigned>((gemm.groups.count + kThreads - 1) / kThreads);
+  fill_kernel<<<blocks, kThreads, 0, gemm.stream>>>(
+      gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,
+      static_cast<uint8_t*>(const_cast<void*>(gemm.source)), static_cast<uint8_t*>(gemm.output), columns * element,
+      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.n, gemm.weight_offset,
+      arrays);
+  MOE_CUDA_CHECK(cudaGetLastError());
+}
+
+void grouped_gemm(GroupedGemm const& gemm) {
+  if (gemm.rows == 0 || gemm.groups.count == 0) return;
+  check_sizes(gemm);
+  if (gemm.dtype != DataType::kFloat32 && !is_vectorizable(gemm)) return run_unaligned(gemm);
+  GroupArrays arrays;
+  GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
+  fill_group_arrays(gemm, arrays);
+  switch (gemm.dtype) {
+    case DataType::kFloat32:
+      return run_float32(gemm, arrays);
+    case DataType::kFloat16:
+      return is_narrow(gemm) ? run_float16_narrow(gemm, arrays) : run_float16_wide(gemm, arrays);
+    case DataType::kBFloat16:
+      return is_narrow(gemm) ? run_bfloat16_narrow(gemm, arrays) : run_bfloat16_wide(gemm, arrays);
+  }
+}
+
+}  // namespace moe_infer
