@@ -1,20 +1,29 @@
 // Device side of the experts of one layer: `max_concurrency` slots, kept across calls.
+//
+// A fetch enqueues copies on the cache's own copy stream; parts that the file holds in another type or row order go
+// through a staging buffer on the device and a kernel on the pack stream. Three events keep the order: `used` of a slot
+// (its last reader is done) before the copies into it, `ready` of a slot (all of it is there) before its readers, and
+// one for each half of the staging buffer. Nothing waits on the host, except for pageable memory (host_ring.h).
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "core/device_memory.h"
 #include "core/expert_store.h"
+#include "core/host_ring.h"
+#include "core/policy.h"
 #include "moe_infer.h"
 
 namespace moe_infer {
 
 class ExpertCache {
  public:
-  // Allocates slots and staging on the current device. Loads nothing.
+  // Allocates slots and staging on the current device. Loads nothing; store->load was called.
   ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_count, int32_t slots, SlotLayout layout,
               DataType dtype);
   ~ExpertCache();
@@ -27,14 +36,73 @@ class ExpertCache {
   // Streaming: brings the needed experts in, one after another, while `use` runs those that are there. Experts that are
   // already in a slot come first. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`;
   // a slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each expert.
+  // Not for two threads at once. After an exception the cache can be used again; what failed is not in it.
   template <class Use>
-  void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use);
+  void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
+    plan(counts);
+    for (int32_t const expert : order_) {
+      int32_t const slot = bring(expert);
+      ready(slot, stream);
+      try {
+        use(expert, slot);
+      } catch (...) {
+        abandon(slot, stream);
+        throw;
+      }
+      used(slot, stream);
+    }
+  }
 
-  uint8_t const* slots() const;
-  uint64_t slot_bytes() const;
+  uint8_t const* slots() const { return memory_.bytes(); }
+  uint64_t slot_bytes() const { return layout_.bytes; }
   // Device array 0, 1, 2, ...: slot_of_group for groups of one expert point into it; resident layers use all of it.
-  int32_t const* slot_numbers() const;
+  int32_t const* slot_numbers() const { return numbers_.as<int32_t>(); }
   void add_stats(moe_infer_stats* stats) const;
+  // True while the weight file on disk is the one whose experts lie here.
+  bool unchanged() const { return store_->unchanged(); }
+
+ private:
+  // One copy from the host: `count` elements of `piece` from element `first` on.
+  struct Transfer {
+    ExpertPiece const* piece = nullptr;
+    int64_t first = 0;
+    int64_t count = 0;
+    bool direct = false;  // type and order are the slot's
+    void const* source() const;
+    uint64_t bytes() const { return static_cast<uint64_t>(count) * size_of(piece->dtype); }
+  };
+
+  void plan(int32_t const* counts);
+  int32_t bring(int32_t expert);
+  void fetch(int32_t expert, int32_t slot);
+  void list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes);
+  void send(Transfer const& transfer, void const* source, uint8_t* slot);
+  void send_pageable(uint8_t* slot);
+  bool is_direct(ExpertPiece const& piece) const { return piece.row_stride == 1 && piece.dtype == dtype_; }
+  void ready(int32_t slot, cudaStream_t stream);
+  void used(int32_t slot, cudaStream_t stream);
+  void abandon(int32_t slot, cudaStream_t stream) noexcept;
+
+  std::shared_ptr<ExpertStore> store_;
+  SlotLayout layout_;
+  DataType dtype_;
+  int device_;
+  DeviceMemory memory_, numbers_, staging_;
+  uint64_t staging_bytes_ = 0;  // of each half
+  Stream copy_stream_, pack_stream_;
+  Event copied_;                   // the last copy that was enqueued
+  Event staged_[2], unstaged_[2];  // half of the staging buffer is full, is read
+  uint64_t staging_turn_ = 0;
+  std::shared_ptr<HostRing> ring_;  // only if some expert is not pinned
+
+  std::vector<SlotState> states_;
+  std::vector<Event> ready_, used_;  // of each slot
+  std::vector<int32_t> slot_of_expert_;
+  std::unique_ptr<EvictionPolicy> policy_;
+  int64_t clock_ = 0;
+  std::vector<int32_t> order_;
+  std::vector<Transfer> transfers_;
+  std::atomic<int64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_fetched_{0};
 };
 
 }  // namespace moe_infer

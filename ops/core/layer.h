@@ -3,30 +3,89 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 
+#include "core/device_memory.h"
 #include "core/expert_cache.h"
 #include "core/expert_store.h"
 #include "core/layer_config.h"
 #include "route/route.h"
+#include "sublayers/sub_layer.h"
 
 namespace moe_infer {
+
+// Device arrays of one run.
+struct Workspace {
+  Routing routing;
+  void* grouped = nullptr;        // (choices, d_model): hidden states in the order of the experts
+  void* expert_output = nullptr;  // (choices, d_model)
+  void* sub_layer = nullptr;
+};
+
+// What follows from attributes and inputs alone: needs no file and no GPU memory.
+class LayerPlan {
+ public:
+  // Throws Error(MOE_INFER_INVALID).
+  LayerPlan(LayerConfig const& config, LayerInputs const& inputs);
+
+  // The one place that sizes and slices the workspace: with base == nullptr only the size is computed. Grows with
+  // `tokens`. Throws Error(MOE_INFER_INVALID) for more tokens than 32-bit row numbers reach.
+  size_t layout(int64_t tokens, uint8_t* base, Workspace* workspace) const;
+
+  LayerConfig const& config() const { return config_; }
+  LayerInputs const& inputs() const { return inputs_; }
+  MoESubLayer const& sub_layer() const { return *sub_layer_; }
+  bool has_weights() const { return has_weights_; }
+  // True when experts are brought in during a run.
+  bool streams() const { return has_weights_ && !config_.resident(); }
+
+ private:
+  LayerConfig config_;
+  LayerInputs inputs_;
+  std::unique_ptr<MoESubLayer> sub_layer_;
+  bool has_weights_;
+};
 
 class MoELayer {
  public:
   // Checks everything, allocates the slots on the current device; loads all experts when they all fit.
   MoELayer(LayerConfig config, LayerInputs const& inputs);
   ~MoELayer();
+  MoELayer(MoELayer const&) = delete;
+  MoELayer& operator=(MoELayer const&) = delete;
 
   // The same function slices the workspace in run.
   size_t workspace_bytes(int64_t tokens) const;
 
   // Resident: enqueues only, so it can be captured in a CUDA graph. Streaming (max_concurrency < expert_count): reads
-  // the counts back once, hence refuses to be captured.
+  // the counts back once, hence refuses to be captured. The device must be the one on which the layer was made. Several
+  // threads may run it, each on its own workspace and stream; while it streams they take turns.
   void run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
            size_t workspace_bytes, cudaStream_t stream);
 
+  LayerPlan const& plan() const { return plan_; }
   moe_infer_stats stats() const;
+
+ private:
+  void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
+                 cudaStream_t stream) const;
+  void route(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+             cudaStream_t stream) const;
+  void run_resident(int64_t rows, Workspace const& workspace, cudaStream_t stream) const;
+  void run_streaming(int64_t rows, Workspace const& workspace, cudaStream_t stream);
+  SubLayerCall call(int64_t rows, Workspace const& workspace, cudaStream_t stream) const;
+
+  LayerPlan plan_;
+  int device_;
+  RouterWeights router_weights_;
+  DeviceMemory centroids_, layernorm_weight_;
+  std::shared_ptr<ExpertCache> cache_;  // null for a sub-layer without weights; shared when all experts stay
+  std::mutex streaming_;                // guards what follows, and the cache while it streams
+  PinnedMemory counts_;
+  std::unique_ptr<Event> counts_read_;
+  std::atomic<int64_t> runs_{0}, tokens_{0};
 };
 
 }  // namespace moe_infer

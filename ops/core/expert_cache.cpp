@@ -1,0 +1,229 @@
+#include "core/expert_cache.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "core/cuda_check.h"
+#include "core/pack.h"
+
+namespace moe_infer {
+namespace {
+
+// Half of the staging buffer on the device: from 16 MiB on the copy engine runs at the bus's full speed.
+constexpr uint64_t kStagingBytes = uint64_t{16} << 20U;
+constexpr uint64_t kUnlimited = UINT64_MAX;
+
+uint64_t slots_bytes(int32_t slots, uint64_t slot_bytes) {
+  uint64_t bytes = 0;
+  if (__builtin_mul_overflow(static_cast<uint64_t>(slots), slot_bytes, &bytes)) {
+    throw invalid("MoELayer: " + std::to_string(slots) + " slots of " + std::to_string(slot_bytes) +
+                  " bytes exceed any memory; lower attribute 'max_concurrency'");
+  }
+  return bytes;
+}
+
+}  // namespace
+
+void const* ExpertCache::Transfer::source() const {
+  return static_cast<uint8_t const*>(piece->data) + static_cast<uint64_t>(first) * size_of(piece->dtype);
+}
+
+ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_count, int32_t slots, SlotLayout layout,
+                         DataType dtype)
+    : store_(std::move(store)),
+      layout_(std::move(layout)),
+      dtype_(dtype),
+      device_(current_device()),
+      memory_(allocate_device(slots_bytes(slots, layout_.bytes),
+                              std::to_string(slots) + " experts of " + store_->path(),
+                              "lower attribute 'max_concurrency'")),
+      numbers_(allocate_device(sizeof(int32_t) * static_cast<size_t>(slots), "slot numbers", "free some")),
+      states_(static_cast<size_t>(slots)),
+      ready_(static_cast<size_t>(slots)),
+      used_(static_cast<size_t>(slots)),
+      slot_of_expert_(static_cast<size_t>(expert_count), -1),
+      policy_(make_lru_policy()) {
+  std::vector<int32_t> numbers(static_cast<size_t>(slots));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  MOE_CUDA_CHECK(
+      cudaMemcpy(numbers_.bytes(), numbers.data(), sizeof(int32_t) * numbers.size(), cudaMemcpyHostToDevice));
+  uint64_t largest_staged = 0;
+  bool all_pinned = true;
+  for (int32_t expert = 0; expert < expert_count; ++expert) {
+    for (auto const& piece : store_->pieces(expert)) {
+      largest_staged = std::max(largest_staged, is_direct(piece) ? 0 : piece.bytes());
+    }
+    all_pinned = all_pinned && store_->is_pinned(expert);
+  }
+  if (largest_staged > 0) {
+    staging_bytes_ = (std::min(largest_staged, kStagingBytes) + 255) / 256 * 256;
+    staging_ = allocate_device(2 * staging_bytes_, "staging of experts that change type or row order",
+                               "lower attribute 'max_concurrency'");
+  }
+  if (!all_pinned) {
+    ring_ = HostRing::shared(device_);
+  }
+  order_.reserve(static_cast<size_t>(expert_count));
+}
+
+ExpertCache::~ExpertCache() {
+  DeviceGuard const guard(device_);
+  cudaStreamSynchronize(copy_stream_.get());  // copies read the store's memory, which may go now
+  cudaStreamSynchronize(pack_stream_.get());
+}
+
+void ExpertCache::load_all() {
+  for (int32_t expert = 0; expert < static_cast<int32_t>(slot_of_expert_.size()); ++expert) {
+    fetch(expert, expert);
+    slot_of_expert_[static_cast<size_t>(expert)] = expert;
+    states_[static_cast<size_t>(expert)].expert = expert;
+  }
+  MOE_CUDA_CHECK(cudaStreamSynchronize(copy_stream_.get()));
+  MOE_CUDA_CHECK(cudaStreamSynchronize(pack_stream_.get()));
+  ring_.reset();  // nothing will be fetched any more
+}
+
+void ExpertCache::plan(int32_t const* counts) {
+  order_.clear();
+  auto const experts = static_cast<int32_t>(slot_of_expert_.size());
+  for (auto& state : states_) {
+    state.needed = state.expert >= 0 && counts[state.expert] > 0;
+  }
+  for (bool const resident : {true, false}) {
+    for (int32_t expert = 0; expert < experts; ++expert) {
+      if (counts[expert] > 0 && (slot_of_expert_[static_cast<size_t>(expert)] >= 0) == resident) {
+        order_.push_back(expert);
+      }
+    }
+  }
+}
+
+int32_t ExpertCache::bring(int32_t expert) {
+  int32_t slot = slot_of_expert_[static_cast<size_t>(expert)];
+  if (slot >= 0) {
+    ++hits_;
+    return slot;
+  }
+  slot = policy_->choose(states_);
+  auto& state = states_[static_cast<size_t>(slot)];
+  if (state.expert >= 0) {
+    slot_of_expert_[static_cast<size_t>(state.expert)] = -1;
+    state.expert = -1;
+    ++evictions_;
+  }
+  fetch(expert, slot);  // throws: the slot stays empty
+  state.expert = expert;
+  slot_of_expert_[static_cast<size_t>(expert)] = slot;
+  ++misses_;
+  return slot;
+}
+
+void ExpertCache::fetch(int32_t expert, int32_t slot) {
+  // Reading a mapping beyond the end of a file that shrank would end the process.
+  if (!store_->unchanged()) {
+    throw bad_file(store_->path() + " has changed since the layer was made; make the session again");
+  }
+  uint8_t* const destination = memory_.bytes() + static_cast<uint64_t>(slot) * layout_.bytes;
+  try {
+    used_[static_cast<size_t>(slot)].order_before(copy_stream_.get());
+    if (store_->is_pinned(expert)) {
+      list_transfers(expert, kUnlimited, staging_bytes_);
+      for (auto const& transfer : transfers_) {
+        send(transfer, transfer.source(), destination);
+      }
+    } else {
+      list_transfers(expert, HostRing::kChunkBytes, std::min(staging_bytes_, HostRing::kChunkBytes));
+      send_pageable(destination);
+    }
+    // Packing of this expert comes after its copies, so the pack stream's end is the expert's. The copy stream goes on
+    // with the next expert meanwhile.
+    copied_.record(copy_stream_.get());
+    copied_.order_before(pack_stream_.get());
+    ready_[static_cast<size_t>(slot)].record(pack_stream_.get());
+  } catch (...) {
+    // The next fetch into this slot must not meet what this one left on its way.
+    cudaStreamSynchronize(copy_stream_.get());
+    cudaStreamSynchronize(pack_stream_.get());
+    throw;
+  }
+}
+
+void ExpertCache::list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes) {
+  transfers_.clear();
+  for (auto const& piece : store_->pieces(expert)) {
+    bool const direct = is_direct(piece);
+    uint64_t const most_bytes = direct ? most_direct_bytes : most_staged_bytes;
+    int64_t const elements = piece.rows * piece.columns;
+    auto const most = static_cast<int64_t>(
+        std::min(most_bytes / size_of(piece.dtype), static_cast<uint64_t>(std::max<int64_t>(elements, 1))));
+    for (int64_t first = 0; first < elements; first += most) {
+      transfers_.push_back({&piece, first, std::min(most, elements - first), direct});
+    }
+  }
+}
+
+void ExpertCache::send(Transfer const& transfer, void const* source, uint8_t* slot) {
+  auto const& piece = *transfer.piece;
+  uint8_t* const tensor = slot + layout_.offsets[static_cast<size_t>(piece.tensor)];
+  cudaStream_t const copies = copy_stream_.get();
+  if (transfer.direct) {
+    auto const element = piece.first_row * piece.columns + transfer.first;
+    MOE_CUDA_CHECK(cudaMemcpyAsync(tensor + static_cast<uint64_t>(element) * size_of(dtype_), source, transfer.bytes(),
+                                   cudaMemcpyHostToDevice, copies));
+  } else {
+    size_t const half = staging_turn_++ % 2;
+    uint8_t* const staging = staging_.bytes() + half * staging_bytes_;
+    unstaged_[half].order_before(copies);
+    MOE_CUDA_CHECK(cudaMemcpyAsync(staging, source, transfer.bytes(), cudaMemcpyHostToDevice, copies));
+    staged_[half].record(copies);
+    staged_[half].order_before(pack_stream_.get());
+    pack(staging, piece.dtype, tensor, dtype_,
+         {transfer.first, transfer.count, piece.columns, piece.first_row, piece.row_stride}, pack_stream_.get());
+    unstaged_[half].record(pack_stream_.get());
+  }
+  bytes_fetched_ += static_cast<int64_t>(transfer.bytes());
+}
+
+void ExpertCache::send_pageable(uint8_t* slot) {
+  HostRing::Session session(*ring_);
+  try {
+    size_t submitted = 0;
+    for (size_t i = 0; i < transfers_.size(); ++i) {
+      for (; submitted < transfers_.size() && submitted < i + HostRing::kChunks; ++submitted) {
+        session.submit(transfers_[submitted].source(), transfers_[submitted].bytes());
+      }
+      send(transfers_[i], session.take(), slot);
+      session.release(copy_stream_.get());
+    }
+  } catch (...) {
+    cudaStreamSynchronize(copy_stream_.get());  // before another user of the ring gets its buffers
+    throw;
+  }
+}
+
+void ExpertCache::ready(int32_t slot, cudaStream_t stream) { ready_[static_cast<size_t>(slot)].order_before(stream); }
+
+void ExpertCache::used(int32_t slot, cudaStream_t stream) {
+  auto& state = states_[static_cast<size_t>(slot)];
+  state.needed = false;
+  state.last_use = ++clock_;
+  used_[static_cast<size_t>(slot)].record(stream);
+}
+
+void ExpertCache::abandon(int32_t slot, cudaStream_t stream) noexcept {
+  try {
+    used(slot, stream);  // part of the work may be enqueued
+  } catch (...) {
+    // CUDA itself fails; the first error is the one to tell.
+  }
+}
+
+void ExpertCache::add_stats(moe_infer_stats* stats) const {
+  stats->hits += hits_;
+  stats->misses += misses_;
+  stats->evictions += evictions_;
+  stats->bytes_fetched += bytes_fetched_;
+}
+
+}  // namespace moe_infer

@@ -1,0 +1,236 @@
+#include "core/layer.h"
+
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/cuda_check.h"
+#include "core/resident_experts.h"
+
+namespace moe_infer {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kTensorAlignment = 16;
+
+SubLayerShape shape_of(LayerConfig const& config, LayerInputs const& inputs) {
+  SubLayerShape shape;
+  shape.d_model = inputs.d_model;
+  shape.hidden_size = config.hidden_size;
+  shape.dtype = inputs.dtype;
+  return shape;
+}
+
+LayerConfig const& checked(LayerConfig const& config, LayerInputs const& inputs) {
+  config.check_inputs(inputs);
+  return config;
+}
+
+// Takes consecutive slices, each aligned, and counts their bytes.
+class Slicer {
+ public:
+  explicit Slicer(uint8_t* base) : base_(base) {}
+  uint8_t* take(size_t bytes) {
+    uint8_t* const slice = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return slice;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+DeviceMemory upload(std::vector<float> const& values, char const* what) {
+  size_t const bytes = sizeof(float) * values.size();
+  auto memory = allocate_device(bytes, what, "free some GPU memory");
+  MOE_CUDA_CHECK(cudaMemcpy(memory.bytes(), values.data(), bytes, cudaMemcpyHostToDevice));
+  return memory;
+}
+
+void check_aligned(char const* name, void const* pointer, size_t alignment) {
+  if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
+    throw invalid(std::string("MoELayer: ") + name + " must be a device address that is a multiple of " +
+                  std::to_string(alignment) + ", got " + std::to_string(reinterpret_cast<uintptr_t>(pointer)));
+  }
+}
+
+}  // namespace
+
+LayerPlan::LayerPlan(LayerConfig const& config, LayerInputs const& inputs)
+    : config_(checked(config, inputs)),
+      inputs_(inputs),
+      sub_layer_(make_sub_layer(config.sublayer_type, shape_of(config, inputs))),
+      has_weights_(!sub_layer_->tensors().empty()) {}
+
+size_t LayerPlan::layout(int64_t tokens, uint8_t* base, Workspace* workspace) const {
+  int64_t const most_tokens = std::numeric_limits<int32_t>::max() / config_.top_k;
+  if (tokens < 0 || tokens > most_tokens) {
+    throw invalid("MoELayer: hidden_states must have 0 to " + std::to_string(most_tokens) +
+                  " tokens at top_k = " + std::to_string(config_.top_k) + ", got " + std::to_string(tokens));
+  }
+  int64_t const rows = tokens * config_.top_k;
+  size_t const row_bytes = static_cast<size_t>(inputs_.d_model) * size_of(inputs_.dtype);
+  Workspace parts;
+  Slicer slicer(base);
+  // The first slice, hence at base itself.
+  slicer.take(Routing::layout(tokens, config_.top_k, config_.expert_count, inputs_.has_logits, base, &parts.routing));
+  parts.grouped = slicer.take(static_cast<size_t>(rows) * row_bytes);
+  parts.expert_output = slicer.take(static_cast<size_t>(rows) * row_bytes);
+  parts.sub_layer = slicer.take(sub_layer_->workspace_bytes(rows, streams() ? 1 : config_.expert_count));
+  if (workspace != nullptr) {
+    *workspace = parts;
+  }
+  return slicer.used();
+}
+
+MoELayer::MoELayer(LayerConfig config, LayerInputs const& inputs) : plan_(config, inputs), device_(current_device()) {
+  if (config.centroids) {
+    centroids_ = upload(*config.centroids, "expert_centroids");
+    router_weights_.centroids = centroids_.as<float>();
+  }
+  if (config.layernorm_weight) {
+    layernorm_weight_ = upload(*config.layernorm_weight, "layernorm_weight");
+    router_weights_.layernorm_weight = layernorm_weight_.as<float>();
+  }
+  if (!plan_.has_weights()) {
+    return;
+  }
+  auto store = ExpertStore::open(config, inputs.d_model);
+  if (!plan_.streams()) {
+    cache_ = resident_experts(std::move(store), config, inputs.dtype, device_);
+    return;
+  }
+  store->load();
+  SlotLayout layout(store->tensors(), inputs.dtype);
+  cache_ = std::make_shared<ExpertCache>(std::move(store), config.expert_count, config.max_concurrency,
+                                         std::move(layout), inputs.dtype);
+  counts_ = allocate_pinned(sizeof(int32_t) * static_cast<size_t>(config.expert_count));
+  counts_read_ = std::make_unique<Event>();
+}
+
+MoELayer::~MoELayer() = default;
+
+size_t MoELayer::workspace_bytes(int64_t tokens) const { return plan_.layout(tokens, nullptr, nullptr); }
+
+void MoELayer::run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
+                   size_t workspace_bytes, cudaStream_t stream) {
+  Workspace slices;
+  size_t const needed = plan_.layout(tokens, static_cast<uint8_t*>(workspace), &slices);
+  if (tokens > 0) {  // empty tensors may have no address
+    if (workspace_bytes < needed) {
+      throw invalid("MoELayer: the workspace for " + std::to_string(tokens) + " tokens must have " +
+                    std::to_string(needed) + " bytes, got " + std::to_string(workspace_bytes));
+    }
+    check_run(hidden_states, router_logits, output, workspace, stream);
+    auto const& config = plan_.config();
+    auto const& inputs = plan_.inputs();
+    route(hidden_states, router_logits, tokens, slices, stream);
+    if (plan_.streams()) {
+      run_streaming(tokens * config.top_k, slices, stream);
+    } else {
+      run_resident(tokens * config.top_k, slices, stream);
+    }
+    combine(slices.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
+            slices.routing, output, stream);
+  }
+  ++runs_;
+  tokens_ += tokens;
+}
+
+void MoELayer::check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
+                         cudaStream_t stream) const {
+  auto const& config = plan_.config();
+  check_aligned("hidden_states", hidden_states, kTensorAlignment);
+  check_aligned("output", output, kTensorAlignment);
+  check_aligned("workspace", workspace, kAlignment);
+  if (plan_.inputs().has_logits) {
+    check_aligned("router_logits", router_logits, size_of(plan_.inputs().logits_dtype));
+  }
+  int const device = current_device();
+  if (device != device_) {
+    throw invalid("MoELayer: the layer was made on CUDA device " + std::to_string(device_) +
+                  ", but the current device is " + std::to_string(device));
+  }
+  if (plan_.streams()) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    MOE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+    if (capture != cudaStreamCaptureStatusNone) {
+      throw invalid("MoELayer: a CUDA graph cannot capture a layer that streams its experts (max_concurrency " +
+                    std::to_string(config.max_concurrency) + ", expert_count " + std::to_string(config.expert_count) +
+                    "); set max_concurrency to expert_count, or do not use CUDA graphs");
+    }
+  }
+}
+
+void MoELayer::route(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+                     cudaStream_t stream) const {
+  auto const& config = plan_.config();
+  auto const& inputs = plan_.inputs();
+  auto const& routing = workspace.routing;
+  if (!inputs.has_logits) {
+    compute_scores(hidden_states, inputs.dtype, router_weights_, config.router, tokens, inputs.d_model,
+                   config.expert_count, routing.scores, stream);
+  }
+  void const* const scores = inputs.has_logits ? router_logits : routing.scores;
+  DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
+  select_experts(scores, scores_dtype, config.router, config.normalize_routing_weights, tokens, config.expert_count,
+                 config.top_k, routing, stream);
+  group_by_expert(tokens, config.expert_count, config.top_k, routing, stream);
+  gather_rows(hidden_states, inputs.dtype, tokens, inputs.d_model, config.top_k, routing, workspace.grouped, stream);
+}
+
+SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, cudaStream_t stream) const {
+  SubLayerCall call;
+  call.groups.count = plan_.config().expert_count;
+  call.groups.row_begin = workspace.routing.row_begin;
+  call.groups.row_end = workspace.routing.row_begin + 1;
+  if (cache_ != nullptr) {
+    call.groups.slot_of_group = cache_->slot_numbers();
+    call.groups.slots = cache_->slots();
+    call.groups.slot_bytes = cache_->slot_bytes();
+  }
+  call.input = workspace.grouped;
+  call.output = workspace.expert_output;
+  call.rows = rows;
+  call.expert_count = plan_.config().expert_count;
+  call.workspace = workspace.sub_layer;
+  call.stream = stream;
+  return call;
+}
+
+void MoELayer::run_resident(int64_t rows, Workspace const& workspace, cudaStream_t stream) const {
+  plan_.sub_layer().run(call(rows, workspace, stream));
+}
+
+void MoELayer::run_streaming(int64_t rows, Workspace const& workspace, cudaStream_t stream) {
+  std::lock_guard<std::mutex> const lock(streaming_);
+  auto* const counts = counts_.as<int32_t>();
+  MOE_CUDA_CHECK(cudaMemcpyAsync(counts, workspace.routing.counts,
+                                 sizeof(int32_t) * static_cast<size_t>(plan_.config().expert_count),
+                                 cudaMemcpyDeviceToHost, stream));
+  counts_read_->record(stream);
+  counts_read_->wait();
+  cache_->run_needed(counts, stream, [&](int32_t expert, int32_t slot) {
+    auto one = call(rows, workspace, stream);
+    one.groups.count = 1;
+    one.groups.row_begin += expert;
+    one.groups.row_end += expert;
+    one.groups.slot_of_group += slot;
+    plan_.sub_layer().run(one);
+  });
+}
+
+moe_infer_stats MoELayer::stats() const {
+  moe_infer_stats stats = {};
+  stats.runs = runs_;
+  stats.tokens = tokens_;
+  if (cache_ != nullptr) {
+    cache_->add_stats(&stats);
+  }
+  return stats;
+}
+
+}  // namespace moe_infer
