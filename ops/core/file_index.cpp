@@ -14,13 +14,13 @@ constexpr size_t kMostShown = 80;
 constexpr size_t kMostListed = 4;
 constexpr size_t kMaxRank = 8;
 
-std::string escaped(char character) {
+std::string escaped(char character, char quote, bool utf8) {
   auto const byte = static_cast<unsigned char>(character);
-  if (character == '\'' || character == '\\') {
+  if (character == quote || character == '\\') {
     return std::string("\\") + character;
   }
-  if (byte >= 0x20 && byte != 0x7F) {
-    return {character};  // bytes of UTF-8 stay as they are
+  if (byte >= 0x20 && byte != 0x7F && (utf8 || byte < 0x80)) {
+    return {character};
   }
   std::array<char, 5> text{};
   std::snprintf(text.data(), text.size(), "\\x%02x", byte);
@@ -29,8 +29,40 @@ std::string escaped(char character) {
 
 }  // namespace
 
+bool is_utf8(std::string const& text) {
+  for (size_t i = 0; i < text.size();) {
+    auto const lead = static_cast<unsigned char>(text[i]);
+    size_t const extra = lead < 0x80                   ? 0
+                         : lead >= 0xC2 && lead < 0xE0 ? 1
+                         : (lead & 0xF0U) == 0xE0      ? 2
+                         : lead >= 0xF0 && lead < 0xF5 ? 3
+                                                       : text.size();
+    if (extra >= text.size() - i) {
+      return false;
+    }
+    uint32_t point = extra == 0 ? lead : lead & (0x3FU >> extra);
+    for (size_t j = 1; j <= extra; ++j) {
+      auto const next = static_cast<unsigned char>(text[i + j]);
+      if ((next & 0xC0U) != 0x80U) {
+        return false;
+      }
+      point = point << 6U | (next & 0x3FU);
+    }
+    // Longer than needed, a surrogate, or beyond Unicode.
+    if ((extra == 2 && (point < 0x800 || (point >= 0xD800 && point < 0xE000))) ||
+        (extra == 3 && (point < 0x10000 || point > 0x10FFFF))) {
+      return false;
+    }
+    i += extra + 1;
+  }
+  return true;
+}
+
 std::string shown(std::string const& name) {
-  std::string text = "'";
+  bool const apostrophe = name.find('\'') != std::string::npos && name.find('"') == std::string::npos;
+  char const quote = apostrophe ? '"' : '\'';
+  bool const utf8 = is_utf8(name);  // a message must be
+  std::string text = {quote};
   size_t end = name.size();
   if (end > kMostShown) {
     end = kMostShown - 3;
@@ -39,9 +71,9 @@ std::string shown(std::string const& name) {
     }
   }
   for (size_t i = 0; i < end; ++i) {
-    text += escaped(name[i]);
+    text += escaped(name[i], quote, utf8);
   }
-  return text + (end < name.size() ? "'..." : "'");
+  return text + quote + (end < name.size() ? "..." : "");
 }
 
 std::string listed(std::vector<std::string> const& items) {
@@ -71,8 +103,12 @@ uint64_t tensor_bytes(std::string const& where, std::string const& name, DataTyp
   for (auto const size : shape) {
     auto const factor = static_cast<uint64_t>(std::max<int64_t>(size, 1));
     if (largest > kMaxTensorBytes / factor) {
-      throw bad_file(where + ": tensor " + shown(name) + " of shape " + shape_text(shape) + " and type " +
-                     name_of(dtype) + " overflows; its size must be at most " + std::to_string(kMaxTensorBytes) +
+      std::string product;
+      for (auto const dimension : shape) {
+        product += (product.empty() ? "" : " x ") + std::to_string(dimension);
+      }
+      throw bad_file(where + ": tensor " + shown(name) + " of shape " + product + " and type " + name_of(dtype) +
+                     " overflows; its size must be at most " + std::to_string(kMaxTensorBytes) +
                      " bytes; write the file again");
     }
     largest *= factor;

@@ -12,6 +12,8 @@ namespace moe_infer {
 inline constexpr uint64_t kMaxIndexBytes = 100'000'000;         // of a JSON header or zip directory
 inline constexpr uint64_t kMaxTensorBytes = (1ULL << 63U) - 1;  // also the largest dimension and offset
 
+bool is_utf8(std::string const& text);
+
 // A name from an untrusted file, quoted, escaped and of bounded length, for a message.
 std::string shown(std::string const& name);
 

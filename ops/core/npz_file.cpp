@@ -176,9 +176,10 @@ void NpzFile::inflate(TensorEntry const& entry, void* out) const {
   }
   auto const expected = entry.header + entry.bytes;
   if (done != expected || !inflater.finished()) {
-    throw damaged(path(), member,
-                  (done == expected ? "more than " : "") + std::to_string(done) + " bytes come out or are left, " +
-                      std::to_string(expected) + " were expected");
+    auto const count = done == expected
+                           ? "more than " + std::to_string(expected) + " bytes come out"
+                           : std::to_string(done) + " bytes come out, " + std::to_string(expected) + " were expected";
+    throw damaged(path(), member, count);
   }
   if (crc != entry.crc) {
     throw damaged(path(), member, "CRC " + hexadecimal(crc) + ", expected " + hexadecimal(entry.crc));

@@ -20,7 +20,7 @@ constexpr uint32_t kEncrypted = 1U << 0U, kDescriptor = 1U << 3U, kStrong = 1U <
 constexpr uint32_t kStored = 0, kDeflated = 8;
 constexpr uint64_t kWide = 0xFFFFFFFF;    // a 32-bit field whose value is in the zip64 extra field
 constexpr uint64_t kDeflateLimit = 1032;  // deflate gives at most this many bytes for one
-constexpr char const* kDamaged = "; the file is truncated or damaged, copy or write it again";
+constexpr char const* kDamaged = "the file is truncated or damaged, copy or write it again";
 
 using Bytes = std::vector<uint8_t>;
 
@@ -36,6 +36,17 @@ uint32_t u32(uint8_t const* bytes) { return static_cast<uint32_t>(little(bytes, 
 uint64_t u64(uint8_t const* bytes) { return little(bytes, 8); }
 
 std::string text_of(uint64_t number) { return std::to_string(number); }
+
+// a + b, which may need 65 bits.
+std::string sum_text(uint64_t a, uint64_t b) {
+  auto sum = static_cast<unsigned __int128>(a) + b;
+  std::string digits;
+  do {
+    digits.insert(digits.begin(), static_cast<char>('0' + static_cast<int>(sum % 10)));
+    sum /= 10;
+  } while (sum != 0);
+  return digits;
+}
 
 Bytes read_bytes(WeightFile const& file, uint64_t begin, uint64_t count) {
   Bytes bytes(count);
@@ -87,7 +98,7 @@ Directory read_end64(WeightFile const& file, uint64_t end) {
     }
   }
   throw bad_file(file.path() + ": the zip archive's end record refers to a zip64 one, but none is before byte " +
-                 text_of(end) + kDamaged);
+                 text_of(end) + "; " + kDamaged);
 }
 
 Directory find_directory(WeightFile const& file) {
@@ -102,50 +113,22 @@ Directory find_directory(WeightFile const& file) {
     throw bad_file(file.path() + ": the zip archive is one of several parts; expected a single file, write it again");
   }
   if (!fits(directory.begin, directory.size, directory.end) || directory.begin + directory.size != directory.end) {
-    throw bad_file(file.path() + ": the zip directory of " + text_of(directory.size) + " bytes should begin at byte " +
-                   text_of(directory.begin) + ", but its end record is at " + text_of(directory.end) + kDamaged);
-  }
-  if (directory.count > directory.size / kCentralBytes) {
-    throw bad_file(file.path() + ": the zip directory of " + text_of(directory.size) + " bytes cannot hold " +
-                   text_of(directory.count) + " entries" + kDamaged);
+    throw bad_file(file.path() + ": the zip directory should end at byte " + sum_text(directory.begin, directory.size) +
+                   " (" + text_of(directory.size) + " bytes from " + text_of(directory.begin) +
+                   "), but its end record is at " + text_of(directory.end) + "; " + kDamaged);
   }
   if (directory.size > kMaxIndexBytes) {
     throw bad_file(file.path() + ": the zip directory has " + text_of(directory.size) + " bytes; at most " +
                    text_of(kMaxIndexBytes) + " are allowed; split the file");
   }
+  if (directory.count > directory.size / kCentralBytes) {
+    throw bad_file(file.path() + ": the zip directory of " + text_of(directory.size) + " bytes cannot hold " +
+                   text_of(directory.count) + " entries; " + kDamaged);
+  }
   return directory;
 }
 
 // --- One member.
-
-bool is_utf8(std::string const& text) {
-  for (size_t i = 0; i < text.size();) {
-    auto const lead = static_cast<unsigned char>(text[i]);
-    size_t const extra = lead < 0x80                   ? 0
-                         : lead >= 0xC2 && lead < 0xE0 ? 1
-                         : (lead & 0xF0U) == 0xE0      ? 2
-                         : lead >= 0xF0 && lead < 0xF5 ? 3
-                                                       : text.size();
-    if (extra >= text.size() - i) {
-      return false;
-    }
-    uint32_t point = extra == 0 ? lead : lead & (0x3FU >> extra);
-    for (size_t j = 1; j <= extra; ++j) {
-      auto const next = static_cast<unsigned char>(text[i + j]);
-      if ((next & 0xC0U) != 0x80U) {
-        return false;
-      }
-      point = point << 6U | (next & 0x3FU);
-    }
-    // Longer than needed, a surrogate, or beyond Unicode.
-    if ((extra == 2 && (point < 0x800 || (point >= 0xD800 && point < 0xE000))) ||
-        (extra == 3 && (point < 0x10000 || point > 0x10FFFF))) {
-      return false;
-    }
-    i += extra + 1;
-  }
-  return true;
-}
 
 void check_name(WeightFile const& file, std::string const& name, uint32_t flags) {
   bool const ascii = std::all_of(name.begin(), name.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
@@ -182,14 +165,14 @@ void read_zip64(WeightFile const& file, std::string const& name, uint8_t const* 
     return;
   }
   throw bad_file(file.path() + ": member " + shown(name) +
-                 " is over 4 GiB by its entry, but its zip64 sizes are missing" + kDamaged);
+                 " is over 4 GiB by its entry, but its zip64 sizes are missing; " + kDamaged);
 }
 
 void must_agree(WeightFile const& file, std::string const& name, char const* what, std::string const& local,
                 std::string const& central) {
   if (local != central) {
     throw bad_file(file.path() + ": member " + shown(name) + " has " + what + " " + local +
-                   " in its local header, but " + central + " in the zip directory; they must agree" + kDamaged);
+                   " in its local header, but " + central + " in the zip directory; they must agree, " + kDamaged);
   }
 }
 
@@ -202,23 +185,21 @@ uint64_t check_local(WeightFile const& file, uint64_t data_end, ZipMember const&
   }
   if (header.empty() || u32(header.data()) != kLocalSignature) {
     throw bad_file(file.path() + ": member " + shown(member.name) + " should begin at byte " +
-                   text_of(member.header_offset) + ", but there is no zip header" + kDamaged);
+                   text_of(member.header_offset) + ", but there is no zip header; " + kDamaged);
   }
   auto const* const at = header.data();
   auto const name_begin = member.header_offset + kLocalBytes;
   uint64_t const name_bytes = u16(at + 26);
   uint64_t const extra_bytes = u16(at + 28);
-  if (!fits(name_begin, name_bytes + extra_bytes, data_end)) {
-    throw bad_file(file.path() + ": member " + shown(member.name) + " begins after the data end at " +
-                   text_of(data_end) + kDamaged);
-  }
-  auto const rest = read_bytes(file, name_begin, name_bytes + extra_bytes);
+  // Only what lies before the end; that the member does too is checked below.
+  auto const rest = read_bytes(file, name_begin, std::min(name_bytes + extra_bytes, data_end - name_begin));
+  auto const name_end = std::min<uint64_t>(name_bytes, rest.size());
   uint64_t compressed = u32(at + 18);
   uint64_t size = u32(at + 22);
-  read_zip64(file, member.name, rest.data() + name_bytes, extra_bytes, {&size, &compressed});
+  read_zip64(file, member.name, rest.data() + name_end, rest.size() - name_end, {&size, &compressed});
 
   auto const local_flags = u16(at + 6);
-  must_agree(file, member.name, "name", shown(text_at(rest.data(), name_bytes)), shown(member.name));
+  must_agree(file, member.name, "name", shown(text_at(rest.data(), name_end)), shown(member.name));
   must_agree(file, member.name, "flags", text_of(local_flags & (kEncrypted | kDescriptor)),
              text_of(flags & (kEncrypted | kDescriptor)));
   must_agree(file, member.name, "method", text_of(u16(at + 8)), text_of(method));
@@ -231,8 +212,9 @@ uint64_t check_local(WeightFile const& file, uint64_t data_end, ZipMember const&
   }
   auto const offset = name_begin + name_bytes + extra_bytes;
   if (!fits(offset, member.compressed, data_end)) {
-    throw bad_file(file.path() + ": member " + shown(member.name) + " has " + text_of(member.compressed) +
-                   " bytes from byte " + text_of(offset) + ", but the data end at " + text_of(data_end) + kDamaged);
+    throw bad_file(file.path() + ": member " + shown(member.name) + " ends at byte " +
+                   sum_text(offset, member.compressed) + ", but the data end at " + text_of(data_end) + "; " +
+                   kDamaged);
   }
   return offset;
 }
@@ -253,13 +235,14 @@ void check_sizes(WeightFile const& file, ZipMember const& member) {
   if (!member.deflated && member.compressed != member.size) {
     throw bad_file(file.path() + ": member " + shown(member.name) + " is stored, but takes " +
                    text_of(member.compressed) + " bytes of the file for " + text_of(member.size) +
-                   " bytes of data; expected the same" + kDamaged);
+                   " bytes of data; expected the same, " + kDamaged);
   }
   // A larger claim is a lie, and would cost memory. The member lies in the file, so the product does not overflow.
   auto const most = kDeflateLimit * member.compressed;
   if (member.size > most + 64) {
     throw bad_file(file.path() + ": member " + shown(member.name) + " claims " + text_of(member.size) + " bytes from " +
-                   text_of(member.compressed) + " deflated ones; deflate gives at most " + text_of(most) + kDamaged);
+                   text_of(member.compressed) + " deflated ones; deflate gives at most " + text_of(most) + "; " +
+                   kDamaged);
   }
 }
 
@@ -267,7 +250,7 @@ void check_sizes(WeightFile const& file, ZipMember const& member) {
 ZipMember read_entry(WeightFile const& file, Bytes const& directory, uint64_t data_end, uint64_t* position) {
   if (!fits(*position, kCentralBytes, directory.size())) {
     throw bad_file(file.path() + ": the zip directory ends inside an entry, at byte " + text_of(directory.size()) +
-                   kDamaged);
+                   "; " + kDamaged);
   }
   auto const* const at = directory.data() + *position;
   uint64_t const name_bytes = u16(at + 28);
@@ -276,7 +259,7 @@ ZipMember read_entry(WeightFile const& file, Bytes const& directory, uint64_t da
   auto const disk = u16(at + 34);
   if (u32(at) != kCentralSignature || !fits(*position, entry_bytes, directory.size()) ||
       (disk != 0 && disk != 0xFFFF)) {
-    throw bad_file(file.path() + ": byte " + text_of(*position) + " of the zip directory is no entry" + kDamaged);
+    throw bad_file(file.path() + ": byte " + text_of(*position) + " of the zip directory is no entry; " + kDamaged);
   }
   auto const flags = u16(at + 8);
   auto const method = u16(at + 10);
@@ -317,7 +300,7 @@ ZipIndex read_zip_index(WeightFile const& file) {
   }
   if (position != directory.size) {
     throw bad_file(file.path() + ": the zip directory has " + text_of(directory.size) + " bytes, but its " +
-                   text_of(directory.count) + " entries take " + text_of(position) + kDamaged);
+                   text_of(directory.count) + " entries take " + text_of(position) + "; " + kDamaged);
   }
   check_layout(file.path(), std::move(spans), 0, directory.begin, /*holes=*/true);
   return index;
