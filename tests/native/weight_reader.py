@@ -23,7 +23,7 @@ OURS = [
 ]  # fmt: skip
 ZLIB = [
     f".deps/zlib/{name}.c"
-    for name in ["adler32", "crc32", "inffast", "inflate", "inftrees", "zutil"]
+    for name in ("adler32", "crc32", "inffast", "inflate", "inftrees", "zutil")
 ]
 SIMDJSON = ".deps/simdjson/simdjson.cpp"
 CUDA = ".cuda/nvidia/cu13"
