@@ -1,31 +1,25 @@
-// Makes plugins for TensorRT, under the name of the ONNX operator and under the name for direct use.
+// Makes plugins from attributes (build) or from what an engine holds (run time).
 #pragma once
 
 #include <NvInferRuntime.h>
 
-#include <string>
-#include <vector>
-
 namespace moe_infer {
 
-class Creator : public nvinfer1::IPluginCreatorV3One {
+class MoELayerCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  explicit Creator(char const* name);
+  explicit MoELayerCreator(char const* name) : name_(name) {}
 
+  // Opens the weight file's index and loads nothing: ONNX Runtime makes plugins only to ask what they support.
+  // Null after an error, which is in TensorRT's log and in moe_infer_last_error.
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
-  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
-  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return name_.c_str(); }
-  nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return "1"; }
+  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override;
+  nvinfer1::AsciiChar const* getPluginName() const noexcept override { return name_; }
+  nvinfer1::AsciiChar const* getPluginVersion() const noexcept override;
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
  private:
-  std::string name_;
-  std::vector<nvinfer1::PluginField> fields_;
-  nvinfer1::PluginFieldCollection collection_;
+  char const* name_;
 };
-
-// "MoELayer" and "MoELayerPlugin"; they live as long as the library.
-std::vector<nvinfer1::IPluginCreatorInterface*> creators();
 
 }  // namespace moe_infer

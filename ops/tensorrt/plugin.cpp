@@ -188,8 +188,8 @@ size_t Plugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs,
   return guard<size_t>(0, [&] {
     check_input_count(input_count);
     PluginTensorDesc const descriptions[2] = {inputs[0].desc, inputs[input_count - 1].desc};
-    return MoELayer::workspace_bytes(config_, read_inputs(descriptions, input_count, config_.expert_count),
-                                     rows_of(inputs[0].max));
+    LayerPlan const plan(config_, read_inputs(descriptions, input_count, config_.expert_count));
+    return plan.layout(rows_of(inputs[0].max), nullptr, nullptr);
   });
 }
 

@@ -1,0 +1,216 @@
+#include "tensorrt/moe_layer_plugin.h"
+
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "core/cuda_check.h"
+#include "tensorrt/log.h"
+#include "tensorrt/tensor_desc.h"
+
+namespace moe_infer {
+namespace {
+
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+using nvinfer1::TensorRTPhase;
+
+constexpr int32_t kHiddenStates = 0;
+constexpr int32_t kRouterLogits = 1;
+
+bool same(LayerInputs const& a, LayerInputs const& b) {
+  return a.d_model == b.d_model && a.dtype == b.dtype && a.has_logits == b.has_logits &&
+         (!a.has_logits || a.logits_dtype == b.logits_dtype);
+}
+
+LayerInputs inputs_of(DynamicPluginTensorDesc const* inputs, int32_t count) {
+  check_input_count(count);
+  return to_inputs(inputs[kHiddenStates].desc, count == 2 ? &inputs[kRouterLogits].desc : nullptr);
+}
+
+}  // namespace
+
+MoELayerPlugin::MoELayerPlugin(char const* creator_name, PluginFields fields, TensorRTPhase phase)
+    : creator_name_(creator_name), phase_(phase), fields_(std::move(fields)), config_(fields_.config()) {
+  auto const store = ExpertStore::open(config_, config_.embedding_size);
+  if (!store->tensors().empty() && config_.weight_digest.empty()) {
+    // The engine remembers for which file it was built: the check of this attribute finds a changed file when the
+    // engine is loaded.
+    config_.weight_digest = store->digest();
+    fields_.set_digest(store->digest());
+  }
+}
+
+MoELayerPlugin::MoELayerPlugin(MoELayerPlugin const& other)
+    : nvinfer1::IPluginV3(other),
+      nvinfer1::IPluginV3OneCore(other),
+      nvinfer1::IPluginV3OneBuild(other),
+      nvinfer1::IPluginV3OneRuntime(other),
+      creator_name_(other.creator_name_),
+      phase_(other.phase_),
+      fields_(other.fields_),
+      config_(other.config_) {}
+
+nvinfer1::IPluginCapability* MoELayerPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE:
+      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD:
+      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME:
+      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* MoELayerPlugin::clone() noexcept {
+  nvinfer1::IPluginV3* copy = nullptr;
+  guarded_by_log([&] { copy = new MoELayerPlugin(*this); });
+  return copy;
+}
+
+nvinfer1::AsciiChar const* MoELayerPlugin::getPluginVersion() const noexcept { return kPluginVersion; }
+
+int32_t MoELayerPlugin::getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
+                                           nvinfer1::DataType const* input_types, int32_t input_count) const noexcept {
+  return guarded_by_log([&] {
+    check_input_count(input_count);
+    check_output_count(output_count);
+    // Not checked further: before a network's types are settled TensorRT asks with what it has.
+    output_types[0] = input_types[kHiddenStates];
+  });
+}
+
+int32_t MoELayerPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t input_count,
+                                        nvinfer1::DimsExprs const*, int32_t, nvinfer1::DimsExprs* outputs,
+                                        int32_t output_count, nvinfer1::IExprBuilder&) noexcept {
+  return guarded_by_log([&] {
+    check_input_count(input_count);
+    check_output_count(output_count);
+    auto const& hidden_states = inputs[kHiddenStates];
+    check_rank(hidden_states.nbDims);
+    auto const* const last = hidden_states.d[hidden_states.nbDims - 1];
+    if (last->isConstant()) {
+      // Now, while the network is made, rather than when it is built: types do not matter to these checks.
+      LayerInputs known;
+      known.d_model = last->getConstantValue();
+      known.has_logits = input_count == 2;
+      config_.check_inputs(known);
+      ExpertStore::open(config_, known.d_model);
+    }
+    outputs[0] = hidden_states;
+  });
+}
+
+bool MoELayerPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors,
+                                               int32_t input_count, int32_t output_count) noexcept {
+  if (input_count < 1 || input_count > 2 || output_count != 1 || position < 0 || position > input_count) {
+    return false;
+  }
+  auto const& tensor = tensors[position].desc;
+  if (tensor.format != nvinfer1::TensorFormat::kLINEAR || !is_layer_type(tensor.type)) {
+    return false;
+  }
+  if (position == kHiddenStates || tensor.type == tensors[kHiddenStates].desc.type) {
+    return true;
+  }
+  return position < input_count && tensor.type == nvinfer1::DataType::kFLOAT;  // router_logits
+}
+
+int32_t MoELayerPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                                        DynamicPluginTensorDesc const*, int32_t output_count) noexcept {
+  return guarded_by_log([&] {
+    check_output_count(output_count);
+    auto const known = inputs_of(inputs, input_count);
+    LayerPlan const plan(config_, known);
+    ExpertStore::open(config_, known.d_model);
+    fields_.remember_inputs(known);
+  });
+}
+
+size_t MoELayerPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t input_count,
+                                        DynamicPluginTensorDesc const*, int32_t) const noexcept {
+  size_t bytes = 0;
+  guarded_by_log([&] {
+    LayerPlan const plan(config_, inputs_of(inputs, input_count));
+    bytes = plan.layout(count_tokens(inputs[kHiddenStates].max), nullptr, nullptr);
+  });
+  return bytes;
+}
+
+nvinfer1::IPluginV3* MoELayerPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  std::unique_ptr<MoELayerPlugin> attached;
+  int32_t const status = guarded_by_log([&] {
+    attached.reset(new MoELayerPlugin(*this));  // NOLINT: the constructor is private
+    auto const inputs = fields_.inputs();
+    if (phase_ == TensorRTPhase::kRUNTIME && inputs) {
+      attached->make_layer(*inputs);
+    }
+  });
+  return status == 0 ? attached.release() : nullptr;
+}
+
+void MoELayerPlugin::make_layer(LayerInputs const& inputs) {
+  layer_.reset();  // its memory, before more is taken
+  layer_ = std::make_unique<MoELayer>(config_, inputs);
+  auto const note = layer_->note();
+  if (!note.empty()) {
+    log_message(nvinfer1::ILogger::Severity::kWARNING, note.c_str());
+  }
+}
+
+int32_t MoELayerPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*,
+                                      int32_t output_count) noexcept {
+  return guarded_by_log([&] {
+    check_input_count(input_count);
+    check_output_count(output_count);
+    auto const* const logits = input_count == 2 ? &inputs[kRouterLogits] : nullptr;
+    auto const known = to_inputs(inputs[kHiddenStates], logits);
+    config_.check_inputs(known);
+    if (logits != nullptr) {
+      check_logits(inputs[kHiddenStates].dims, logits->dims, config_.expert_count);
+    }
+    // Made when the context was, unless the engine was configured last for another type than it settled on.
+    if (phase_ == TensorRTPhase::kRUNTIME && (layer_ == nullptr || !same(layer_->plan().inputs(), known))) {
+      make_layer(known);
+    }
+  });
+}
+
+int32_t MoELayerPlugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc const*, void const* const* inputs,
+                                void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  return guarded_by_log([&] { run(input_desc, inputs, outputs, workspace, stream); });
+}
+
+void MoELayerPlugin::run(PluginTensorDesc const* input_desc, void const* const* inputs, void* const* outputs,
+                         void* workspace, cudaStream_t stream) {
+  auto const& dims = input_desc[kHiddenStates].dims;
+  check_rank(dims.nbDims);
+  int64_t const tokens = count_tokens(dims);
+  if (phase_ == TensorRTPhase::kBUILD) {
+    // While it builds, TensorRT runs layers on arbitrary data to time them. There is one tactic, so the time decides
+    // nothing; loading gigabytes of weights for it would make building slow, and would disturb caches and statistics.
+    size_t const bytes = static_cast<size_t>(tokens) * static_cast<size_t>(dims.d[dims.nbDims - 1]) *
+                         size_of(to_data_type(input_desc[kHiddenStates].type));
+    if (bytes > 0) {
+      MOE_CUDA_CHECK(cudaMemsetAsync(outputs[0], 0, bytes, stream));
+    }
+    return;
+  }
+  if (layer_ == nullptr) {
+    throw invalid("MoELayer: TensorRT runs a plugin that it did not attach to a context");
+  }
+  // TensorRT gives the workspace that getWorkspaceSize asked for and does not say its size here.
+  layer_->run(inputs[kHiddenStates], layer_->plan().inputs().has_logits ? inputs[kRouterLogits] : nullptr, outputs[0],
+              tokens, workspace, std::numeric_limits<size_t>::max(), stream);
+}
+
+nvinfer1::PluginFieldCollection const* MoELayerPlugin::getFieldsToSerialize() noexcept {
+  int32_t const status = guarded_by_log([&] {
+    fields_.serialize(&serialized_);
+    serialized_collection_ = {static_cast<int32_t>(serialized_.size()), serialized_.data()};
+  });
+  return status == 0 ? &serialized_collection_ : nullptr;
+}
+
+}  // namespace moe_infer
