@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "core/device_memory.h"
@@ -60,6 +61,7 @@ class ExpertCache {
   void add_stats(moe_infer_stats* stats) const;
   // True while the weight file on disk is the one whose experts lie here.
   bool unchanged() const { return store_->unchanged(); }
+  std::string note() const { return store_->pinning_note(); }
 
  private:
   // One copy from the host: `count` elements of `piece` from element `first` on.

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include "core/device_memory.h"
 #include "core/expert_cache.h"
@@ -67,6 +68,8 @@ class MoELayer {
 
   LayerPlan const& plan() const { return plan_; }
   moe_infer_stats stats() const;
+  // What a user should know about how the experts reach the device, as a sentence for a log; "" if nothing.
+  std::string note() const { return plan_.streams() ? cache_->note() : std::string(); }
 
  private:
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,

@@ -110,13 +110,3 @@ MOE_INFER_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& 
 }
 
 }  // extern "C"
-
-extern "C" {
-
-const char* moe_infer_tensorrt_headers_version(void) { return moe_infer::tensorrt_headers_version(); }
-
-int moe_infer_register(void) {
-  return moe_infer::guarded([] { moe_infer::register_creators(); });
-}
-
-}  // extern "C"
