@@ -42,6 +42,14 @@ bool is_registered(nvinfer1::IPluginRegistry const& registry, nvinfer1::IPluginC
   return false;
 }
 
+// The registry keeps pointers into this library: it must stay when whoever loaded it closes it.
+void stay_loaded() {
+  Dl_info info = {};
+  if (dladdr(reinterpret_cast<void*>(&stay_loaded), &info) != 0 && info.dli_fname != nullptr) {
+    dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+  }
+}
+
 void register_creators() {
   std::lock_guard<std::mutex> const lock(registration_mutex);
   auto const tensorrt = matching_tensorrt();
@@ -53,6 +61,7 @@ void register_creators() {
     return;
   }
   get_logger = reinterpret_cast<nvinfer1::ILogger* (*)() noexcept>(dlsym(tensorrt.handle, "getLogger"));
+  stay_loaded();
   for (int32_t i = 0; i < kCreators; ++i) {
     auto* const creator = creators()[i];
     if (!is_registered(*registry, creator) && !registry->registerCreator(*creator, "")) {
@@ -63,6 +72,16 @@ void register_creators() {
     }
   }
   registered_with = registry;
+}
+
+void deregister_creators() {
+  std::lock_guard<std::mutex> const lock(registration_mutex);
+  if (registered_with != nullptr) {
+    for (int32_t i = 0; i < kCreators; ++i) {
+      registered_with->deregisterCreator(*creators()[i]);
+    }
+    registered_with = nullptr;
+  }
 }
 
 // Loaded beside a matching TensorRT the library registers by itself: this serves ONNX Runtime's provider option
@@ -105,6 +124,8 @@ int moe_infer_register(void) { return moe_infer::guarded(moe_infer::register_cre
 MOE_INFER_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { moe_infer::logger_finder = finder; }
 
 MOE_INFER_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  // TensorRT registers what it gets here, and refuses the library if something is registered already.
+  moe_infer::guarded(moe_infer::deregister_creators);
   count = moe_infer::kCreators;
   return moe_infer::creators();
 }
