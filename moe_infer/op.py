@@ -2,7 +2,7 @@
 
 This is the only definition on the Python side. The rewriter, the lowering, the reference, the
 documentation's tables and the tests read it; ``ops/core/layer_config.cpp`` checks the same rules in
-C++ with the same messages, and ``tests/test_op_native.py`` compares the two.
+C++ with the same messages, and ``tests/test_native_check.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
         "string",
         "",
         False,
-        "the experts' weights, `.npz` or `.safetensors`; required unless the sub-layer has no weights",
+        "the experts' weights, `.npz` or `.safetensors`; required if the sub-layer has weights",
     ),
     Attribute(
         "expert_weight_prefix",
@@ -143,7 +143,7 @@ ROUTERS: dict[str, Router] = {
             False,
             "softmax over all experts, then the `top_k` largest (Mixtral, Qwen, OLMoE)",
         ),
-        Router("topk_softmax", False, "the `top_k` largest scores, then softmax over these (gpt-oss)"),
+        Router("topk_softmax", False, "the `top_k` largest scores, softmax over these (gpt-oss)"),
     )
 }
 

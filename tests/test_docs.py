@@ -19,9 +19,7 @@ BLOCK = re.compile(r"(?:<!-- (?P<note>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<b
 def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     """(note before the block, body) of each code block of a language."""
     text = page.read_text()
-    return [
-        (m["note"] or "", m["body"]) for m in BLOCK.finditer(text) if m["language"] == language
-    ]
+    return [(m["note"] or "", m["body"]) for m in BLOCK.finditer(text) if m["language"] == language]
 
 
 def test_generated_parts_are_up_to_date() -> None:
