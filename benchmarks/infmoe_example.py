@@ -2,10 +2,11 @@
 
     python benchmarks/infmoe_example.py --out benchmarks/results/infmoe_example.json
 
-T5_FF, 20 experts of 4096 x 16384, 512 tokens, float32, at most 4 experts on the GPU. All experts are
-16.1 GB, which is what has to cross the bus; the program measures the bus in the same run, checks the
-result against float64, and prints the ratio of the two times. Needs PyTorch (for memory, events and
-the float64 check), the built library, 17 GB of disk or shared memory and 20 GB of host memory.
+T5_FF, 20 experts of 4096 x 16384, 512 tokens, float32, at most 4 experts on the GPU. All experts
+are 16.1 GB, which is what has to cross the bus; the program measures the bus in the same run,
+checks the result against float64, and prints the ratio of the two times. Needs PyTorch (for memory,
+events and the float64 check), the built library, 17 GB of disk or shared memory and 20 GB of host
+memory.
 """
 
 from __future__ import annotations
@@ -108,19 +109,13 @@ def measure(path: Path, tokens: int, runs: int) -> dict[str, Any]:
     y = torch.full_like(x, float("nan"))
     chosen = (x.double() @ torch.from_numpy(centroids).cuda().double()).argmax(-1)
     stream = torch.cuda.current_stream().cuda_stream
+    x_at, y_at = x.data_ptr(), y.data_ptr()
     with Layer(attributes, D_MODEL, "float32") as layer:
         workspace = torch.empty(layer.workspace(tokens), dtype=torch.uint8, device="cuda")
 
         def run() -> None:
-            layer.run(
-                x.data_ptr(),
-                None,
-                y.data_ptr(),
-                tokens,
-                workspace.data_ptr(),
-                len(workspace),
-                stream,
-            )
+            scratch = workspace.data_ptr(), len(workspace)
+            layer.run(x_at, None, y_at, tokens, *scratch, stream)
 
         cold = timed(run)
         config = op.LayerConfig.from_attributes(attributes)
