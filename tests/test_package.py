@@ -130,7 +130,7 @@ PUBLIC = {
     "__version__",
     "count_expert_use",
     "create_plugin",
-    "inspect",
+    "inspect_model",
     "lower",
     "plugin_status",
     "rewrite",

@@ -15,6 +15,7 @@ pytest.importorskip("moe_infer.runtime.native")
 
 from gpu_layers import (  # noqa: E402
     Buffer,
+    decided,
     make_attributes,
     make_input,
     make_layer,
@@ -89,7 +90,7 @@ def test_tokens_experts_slots(
     attributes["max_concurrency"] = experts if slots == "all" else slots
     with make_layer(attributes, 32, dtype) as layer:
         for tokens in TOKENS:
-            x = make_input(tokens, 32, dtype)
+            x = decided(attributes, make_input(tokens, 32, dtype))
             assert_close(run(layer, x), reference(attributes, x), dtype)
 
 
