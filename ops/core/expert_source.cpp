@@ -112,6 +112,18 @@ void ExpertSource::inflate(std::vector<std::string> const& names) {
   }
 }
 
+void ExpertSource::detach_from_file(HostRange const& pages) {
+  constexpr uint64_t kPart = uint64_t{64} << 20U;  // for a thread
+  auto const offset = pages.begin - reinterpret_cast<uintptr_t>(file_->data());
+  auto const bytes = std::min<uint64_t>(pages.bytes(), file_->size() - offset);  // the last page goes on with zeros
+  HostPages memory(pages.bytes());
+  for_each_parallel((bytes + kPart - 1) / kPart, [&](size_t part) {
+    auto const begin = part * kPart;
+    file_->read_at(offset + begin, memory.data() + begin, std::min(kPart, bytes - begin));
+  });
+  memory.move_to(pages);
+}
+
 bool ExpertSource::is_mapped(void const* data) const {
   auto const* const byte = static_cast<uint8_t const*>(data);
   return byte >= file_->data() && byte < file_->data() + file_->size();

@@ -26,6 +26,11 @@ class ExpertSource {
   void inflate(std::vector<std::string> const& names);
   // Whether the address lies in the mapped file, which cannot be written.
   bool is_mapped(void const* data) const;
+  // Replaces pages of the mapped file by memory of the process with the same content, at the same addresses.
+  // Page-locking the pages of a file itself makes the kernel move them first, and with pages that were just written
+  // that was seen never to end. Others may be reading the pages meanwhile. Throws Error(MOE_INFER_FILE or
+  // MOE_INFER_INTERNAL).
+  void detach_from_file(HostRange const& pages);
   PinnedRanges& pinned() { return pinned_; }
 
  private:

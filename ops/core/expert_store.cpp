@@ -159,6 +159,7 @@ void ExpertStore::load(bool pin) {
 
 void ExpertStore::pin_what_fits() {
   auto& pinned = source_->pinned();
+  auto const detach = [&](HostRange const& pages) { source_->detach_from_file(pages); };
   auto const missing_fit = [&](std::vector<HostRange> const& ranges) {
     auto const limit = pinned_bytes_limit();
     uint64_t bytes = 0;
@@ -173,7 +174,7 @@ void ExpertStore::pin_what_fits() {
   auto const begin = reinterpret_cast<uintptr_t>(source_->file().data());
   auto const whole = merge_pages({{begin, begin + source_->file().size()}});
   if (mapped && pinned.bytes() == 0 && missing_fit(whole)) {
-    pinned.pin(whole.front(), /*read_only=*/true);  // where CUDA refuses, it would refuse the parts as well
+    pinned.pin(whole.front(), detach);  // where CUDA refuses, it would refuse the parts as well
     return;
   }
   // Otherwise as many experts from the first on as the bound allows.
@@ -184,7 +185,8 @@ void ExpertStore::pin_what_fits() {
     (missing_fit(page_ranges(pieces_, middle)) ? few : many) = middle;
   }
   for (auto const& range : page_ranges(pieces_, few)) {
-    if (!pinned.pin(range, source_->is_mapped(reinterpret_cast<void const*>(range.begin)))) {  // NOLINT
+    bool const mapped_range = source_->is_mapped(reinterpret_cast<void const*>(range.begin));  // NOLINT
+    if (!pinned.pin(range, mapped_range ? PinnedRanges::Prepare(detach) : nullptr)) {
       return;
     }
   }

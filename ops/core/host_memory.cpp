@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -59,14 +60,8 @@ PinnedBudget& budget() {
   return *instance;
 }
 
-cudaError_t register_pages(HostRange const& range, bool read_only) {
+cudaError_t register_pages(HostRange const& range) {
   auto* const data = reinterpret_cast<void*>(range.begin);  // NOLINT: pages are counted as addresses
-  if (read_only) {
-    if (::cudaHostRegister(data, range.bytes(), cudaHostRegisterPortable | cudaHostRegisterReadOnly) == cudaSuccess) {
-      return cudaSuccess;
-    }
-    ::cudaGetLastError();  // some devices know no read-only registration; the plain one may work
-  }
   auto const status = ::cudaHostRegister(data, range.bytes(), cudaHostRegisterPortable);
   if (status != cudaSuccess) {
     ::cudaGetLastError();  // handled here: later checks must not see it
@@ -106,13 +101,27 @@ uint64_t pinned_bytes_now() { return budget().used(); }
 HostPages::HostPages(uint64_t bytes) : bytes_(std::max<uint64_t>(bytes, 1)) {
   void* const memory = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
-    throw Error(MOE_INFER_INTERNAL, "moe_infer: no host memory for " + std::to_string(bytes) +
-                                        " bytes of inflated weights; store them uncompressed, then none is needed");
+    throw Error(MOE_INFER_INTERNAL,
+                "moe_infer: no host memory for " + std::to_string(bytes) +
+                    " bytes of weights; lower MOE_INFER_PINNED_BYTES, or store the weights uncompressed");
   }
   data_ = static_cast<uint8_t*>(memory);
 }
 
-HostPages::~HostPages() { ::munmap(data_, bytes_); }
+HostPages::~HostPages() {
+  if (data_ != nullptr) {
+    ::munmap(data_, bytes_);
+  }
+}
+
+void HostPages::move_to(HostRange const& range) {
+  auto* const place = reinterpret_cast<void*>(range.begin);  // NOLINT: pages are counted as addresses
+  if (::mremap(data_, range.bytes(), range.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED) {
+    throw Error(MOE_INFER_INTERNAL, "moe_infer: moving " + std::to_string(range.bytes()) +
+                                        " bytes of weights failed: " + std::strerror(errno));
+  }
+  data_ = nullptr;
+}
 
 std::vector<HostRange> merge_pages(std::vector<HostRange> ranges) {
   auto const page = page_bytes();
@@ -173,19 +182,27 @@ uint64_t PinnedRanges::missing_bytes(HostRange const& pages) const {
   return bytes;
 }
 
-bool PinnedRanges::pin(HostRange const& pages, bool read_only) {
+bool PinnedRanges::pin(HostRange const& pages, Prepare const& prepare) {
   std::lock_guard<std::mutex> const lock(mutex_);
   auto const missing = gaps(pages);
-  return std::all_of(missing.begin(), missing.end(), [&](HostRange const& gap) { return pin_gap(gap, read_only); });
+  return std::all_of(missing.begin(), missing.end(), [&](HostRange const& gap) { return pin_gap(gap, prepare); });
 }
 
-bool PinnedRanges::pin_gap(HostRange const& gap, bool read_only) {
+bool PinnedRanges::pin_gap(HostRange const& gap, Prepare const& prepare) {
   if (!budget().reserve(gap.bytes())) {
     note_ = "the bound of " + std::to_string(pinned_bytes_limit()) + " page-locked bytes in this process is reached (" +
             std::to_string(pinned_bytes_now()) + " in use); raise " + kVariable + " to lock more";
     return false;
   }
-  auto const status = register_pages(gap, read_only);
+  try {
+    if (prepare) {
+      prepare(gap);
+    }
+  } catch (...) {
+    budget().release(gap.bytes());
+    throw;
+  }
+  auto const status = register_pages(gap);
   if (status != cudaSuccess) {
     budget().release(gap.bytes());
     note_ = "page-locking " + std::to_string(gap.bytes()) + " bytes failed (" + ::cudaGetErrorString(status) + ")";

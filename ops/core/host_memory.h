@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -19,6 +20,13 @@ uint64_t pinned_bytes_limit();
 // Page-locked bytes in this process.
 uint64_t pinned_bytes_now();
 
+// Addresses [begin, end).
+struct HostRange {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+  uint64_t bytes() const { return end - begin; }
+};
+
 // Zero pages from the operating system, given back in the destructor.
 class HostPages {
  public:
@@ -27,17 +35,13 @@ class HostPages {
   HostPages(HostPages const&) = delete;
   HostPages& operator=(HostPages const&) = delete;
   uint8_t* data() const { return data_; }
+  // Moves the pages to `range`, of the same size, in place of what is mapped there; in one step for other threads. They
+  // are no longer this object's then.
+  void move_to(HostRange const& range);
 
  private:
   uint8_t* data_ = nullptr;
   uint64_t bytes_ = 0;
-};
-
-// Addresses [begin, end).
-struct HostRange {
-  uintptr_t begin = 0;
-  uintptr_t end = 0;
-  uint64_t bytes() const { return end - begin; }
 };
 
 // Grows ranges to whole pages and merges those that touch or share pages; sorted.
@@ -54,9 +58,10 @@ class PinnedRanges {
 
   // Bytes that pin(range) would lock now.
   uint64_t missing_bytes(HostRange const& pages) const;
-  // Locks the pages that are not locked yet. `read_only`: the memory cannot be written. False, with the reason in
-  // note(), when the bound or CUDA forbids it: then the rest stays pageable, which is slower but works.
-  bool pin(HostRange const& pages, bool read_only);
+  // Locks the pages that are not locked yet; `prepare` (or null) is called for each range of them before. False, with
+  // the reason in note(), when the bound or CUDA forbids it: then the rest stays pageable, which is slower but works.
+  using Prepare = std::function<void(HostRange const&)>;
+  bool pin(HostRange const& pages, Prepare const& prepare);
   // Whether the whole range lies in one locked region, as a single copy by the copy engine needs it.
   bool is_pinned(void const* data, uint64_t bytes) const;
   uint64_t bytes() const;
@@ -64,7 +69,7 @@ class PinnedRanges {
 
  private:
   std::vector<HostRange> gaps(HostRange const& pages) const;
-  bool pin_gap(HostRange const& gap, bool read_only);
+  bool pin_gap(HostRange const& gap, Prepare const& prepare);
 
   mutable std::mutex mutex_;
   std::map<uintptr_t, uintptr_t> regions_;  // begin to end, disjoint

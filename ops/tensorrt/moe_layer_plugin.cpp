@@ -32,6 +32,12 @@ LayerInputs inputs_of(DynamicPluginTensorDesc const* inputs, int32_t count) {
 
 MoELayerPlugin::MoELayerPlugin(char const* creator_name, PluginFields fields, TensorRTPhase phase)
     : creator_name_(creator_name), phase_(phase), fields_(std::move(fields)), config_(fields_.config()) {
+  if (phase_ == TensorRTPhase::kRUNTIME) {
+    // From an engine. ONNX Runtime 1.31 ends the process when an engine in its cache cannot be loaded, so a file that
+    // is gone or has changed since is no reason to refuse: it is logged now, and is the error of every run.
+    keep_failure(guarded_by_log([&] { ExpertStore::open(config_, config_.embedding_size); }));
+    return;
+  }
   auto const store = ExpertStore::open(config_, config_.embedding_size);
   if (!store->tensors().empty() && config_.weight_digest.empty()) {
     // The engine remembers for which file it was built: the check of this attribute finds a changed file when the
@@ -140,14 +146,23 @@ size_t MoELayerPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, i
 
 nvinfer1::IPluginV3* MoELayerPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
   std::unique_ptr<MoELayerPlugin> attached;
-  int32_t const status = guarded_by_log([&] {
-    attached.reset(new MoELayerPlugin(*this));  // NOLINT: the constructor is private
-    auto const inputs = fields_.inputs();
-    if (phase_ == TensorRTPhase::kRUNTIME && inputs) {
-      attached->make_layer(*inputs);
-    }
-  });
-  return status == 0 ? attached.release() : nullptr;
+  guarded_by_log([&] { attached.reset(new MoELayerPlugin(*this)); });  // NOLINT: the constructor is private
+  if (attached != nullptr && phase_ == TensorRTPhase::kRUNTIME) {
+    attached->keep_failure(guarded_by_log([&] {
+      if (auto const inputs = fields_.inputs()) {
+        attached->make_layer(*inputs);
+      }
+    }));
+  }
+  return attached.release();
+}
+
+void MoELayerPlugin::keep_failure(int32_t status) noexcept {
+  try {
+    failure_ = status == 0 ? "" : moe_infer_last_error();
+  } catch (...) {  // without memory for the sentence run has its own
+    failure_.clear();
+  }
 }
 
 void MoELayerPlugin::make_layer(LayerInputs const& inputs) {
@@ -161,7 +176,7 @@ void MoELayerPlugin::make_layer(LayerInputs const& inputs) {
 
 int32_t MoELayerPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*,
                                       int32_t output_count) noexcept {
-  return guarded_by_log([&] {
+  int32_t const status = guarded_by_log([&] {
     check_input_count(input_count);
     check_output_count(output_count);
     auto const* const logits = input_count == 2 ? &inputs[kRouterLogits] : nullptr;
@@ -175,6 +190,8 @@ int32_t MoELayerPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t in
       make_layer(known);
     }
   });
+  keep_failure(status);
+  return status;
 }
 
 int32_t MoELayerPlugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc const*, void const* const* inputs,
@@ -198,7 +215,7 @@ void MoELayerPlugin::run(PluginTensorDesc const* input_desc, void const* const* 
     return;
   }
   if (layer_ == nullptr) {
-    throw invalid("MoELayer: TensorRT runs a plugin that it did not attach to a context");
+    throw invalid(failure_.empty() ? "MoELayer: TensorRT runs a plugin that it did not attach to a context" : failure_);
   }
   // TensorRT gives the workspace that getWorkspaceSize asked for and does not say its size here.
   layer_->run(inputs[kHiddenStates], layer_->plan().inputs().has_logits ? inputs[kRouterLogits] : nullptr, outputs[0],

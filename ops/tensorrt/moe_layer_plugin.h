@@ -20,7 +20,8 @@ class MoELayerPlugin final : public nvinfer1::IPluginV3,
                              public nvinfer1::IPluginV3OneBuild,
                              public nvinfer1::IPluginV3OneRuntime {
  public:
-  // Checks the attributes and opens the weight file's index. Throws Error. `creator_name` is a literal.
+  // Checks the attributes and the weight file's index. Throws Error; from an engine only for bad attributes, a file
+  // that does not fit is then the error of every run. `creator_name` is a literal.
   MoELayerPlugin(char const* creator_name, PluginFields fields, nvinfer1::TensorRTPhase phase);
   ~MoELayerPlugin() override = default;
 
@@ -61,6 +62,8 @@ class MoELayerPlugin final : public nvinfer1::IPluginV3,
  private:
   MoELayerPlugin(MoELayerPlugin const& other);  // without the layer
   void make_layer(LayerInputs const& inputs);
+  // Remembers the sentence of what just failed (status not 0), or that nothing did.
+  void keep_failure(int32_t status) noexcept;
   void run(nvinfer1::PluginTensorDesc const* input_desc, void const* const* inputs, void* const* outputs,
            void* workspace, cudaStream_t stream);
 
@@ -69,6 +72,7 @@ class MoELayerPlugin final : public nvinfer1::IPluginV3,
   PluginFields fields_;
   LayerConfig config_;
   std::unique_ptr<MoELayer> layer_;
+  std::string failure_;  // why there is no layer
   std::vector<nvinfer1::PluginField> serialized_;
   nvinfer1::PluginFieldCollection serialized_collection_{};
 };
