@@ -160,9 +160,8 @@ def test_tensorrt_of_another_major_version(tmp_path):
 @pytest.mark.needs_library
 @pytest.mark.needs_tensorrt
 def test_registers_once_with_the_tensorrt_in_the_process():
-    import conftest
-
-    libraries = [str(conftest.ROOT / ".tensorrt/lib" / n) for n in conftest.TENSORRT_LIBRARIES]
+    names = ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10")
+    libraries = [str(ROOT / ".tensorrt/lib" / name) for name in names]
     output = run_python(
         f"import ctypes\nfor path in {libraries}: ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)\n"
         "import tensorrt_bindings as trt\n" + PLUGIN + "plugin.load()\nplugin.load()\n"
