@@ -78,11 +78,21 @@ def sublayers() -> str:
     return table(header, rows)
 
 
+def sublayer_example() -> str:
+    """The whole sub-layer of docs/sub-layers.md, which a test compiles."""
+    page = (ROOT / "docs/sub-layers.md").read_text()
+    blocks = re.findall(r"```cpp\n.*?```", page, flags=re.DOTALL)
+    if len(blocks) != 1:
+        raise ValueError(f"docs/sub-layers.md must hold one C++ block, found {len(blocks)}")
+    return str(blocks[0])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
     "routers": routers,
     "sublayers": sublayers,
+    "sublayer_example": sublayer_example,
 }
 
 
@@ -98,7 +108,7 @@ def fill(text: str) -> str:
         return f"<!-- generated: {name} -->\n{PARTS[name]()}\n<!-- end: {name} -->"
 
     pattern = r"<!-- generated: (\w+) -->\n.*?<!-- end: \1 -->"
-    return re.sub(pattern, replace, text, flags=re.DOTALL)
+    return re.sub(pattern, replace, text, flags=re.DOTALL)  # a function: its text is literal
 
 
 def main() -> int:
