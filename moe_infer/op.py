@@ -22,6 +22,9 @@ PLUGIN_VERSION = "1"
 MAX_EXPERTS = 1024
 """Most experts of one layer: the router keeps one row of scores in shared memory."""
 
+MAX_HIDDEN_SIZE = 2**30 - 1
+"""Largest intermediate size: the kernels count gate and up columns together in 32 bits."""
+
 RMS_NORM_EPSILON = 1e-6
 """Epsilon of the RMS normalisation in ``T5_FF`` and in the ``cpm_2`` router."""
 
@@ -285,14 +288,14 @@ class LayerConfig:
         _one_of("expert_sublayer_type", self.expert_sublayer_type, SUBLAYERS)
         _one_of("moe_variant", self.moe_variant, ROUTERS)
         if self.sublayer.tensors:
-            _range("hidden_size", self.hidden_size, 1, None)
+            _range("hidden_size", self.hidden_size, 1, MAX_HIDDEN_SIZE)
             if not self.expert_weight_file:
                 raise ValueError(
                     "MoELayer: attribute 'expert_weight_file' is missing; sub-layer"
                     f" '{self.expert_sublayer_type}' has weights"
                 )
         else:
-            _range("hidden_size", self.hidden_size, 0, None)
+            _range("hidden_size", self.hidden_size, 0, MAX_HIDDEN_SIZE)
         _range("embedding_size", self.embedding_size, 0, None)
         _range("normalize_routing_weights", self.normalize_routing_weights, 0, 1)
         if self.router.single_expert and self.top_k != 1:

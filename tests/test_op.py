@@ -108,10 +108,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"moe_variant": "top2"},
         "'moe_variant' is 'top2'; known are base_layer, cpm_2, default, softmax_topk, topk_softmax",
     ),
-    ({"hidden_size": 0}, "attribute 'hidden_size' must be at least 1, got 0"),
+    ({"hidden_size": 0}, "attribute 'hidden_size' must be 1 to 1073741823, got 0"),
     (
         {"hidden_size": -1, "expert_sublayer_type": "Identity"},
-        "attribute 'hidden_size' must be at least 0, got -1",
+        "attribute 'hidden_size' must be 0 to 1073741823, got -1",
     ),
     ({"embedding_size": -1}, "attribute 'embedding_size' must be at least 0, got -1"),
     (

@@ -206,10 +206,10 @@ bool has_weights(std::string const& sublayer_type) {
 
 void check_sub_layer(LayerConfig const& config) {
   if (!has_weights(config.sublayer_type)) {
-    check_range("hidden_size", config.hidden_size, 0);
+    check_range("hidden_size", config.hidden_size, 0, kMaxHiddenSize);
     return;
   }
-  check_range("hidden_size", config.hidden_size, 1);
+  check_range("hidden_size", config.hidden_size, 1, kMaxHiddenSize);
   if (config.weight_file.empty()) {
     throw invalid(attribute("expert_weight_file") + " is missing; sub-layer " + quoted(config.sublayer_type) +
                   " has weights");

@@ -12,6 +12,7 @@
 namespace moe_infer {
 
 inline constexpr int32_t kMaxExperts = 1024;
+inline constexpr int32_t kMaxHiddenSize = (1 << 30) - 1;
 inline constexpr float kRmsNormEpsilon = 1e-6F;
 
 enum class Router : int32_t { kDefault, kCpm2, kBaseLayer, kSoftmaxTopK, kTopKSoftmax };
