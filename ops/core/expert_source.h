@@ -24,7 +24,7 @@ class ExpertSource {
   uint8_t const* find(std::string const& name) const;
   // Inflates those of the tensors that are deflated and were not inflated yet.
   void inflate(std::vector<std::string> const& names);
-  // Whether the address lies in the mapped file, which cannot be written.
+  // Whether the address lies where the file is mapped, detached pages included.
   bool is_mapped(void const* data) const;
   // Replaces pages of the mapped file by memory of the process with the same content, at the same addresses.
   // Page-locking the pages of a file itself makes the kernel move them first, and with pages that were just written
