@@ -7,11 +7,11 @@
 
 #include "core/cuda_check.h"
 #include "core/resident_experts.h"
+#include "core/slices.h"
 
 namespace moe_infer {
 namespace {
 
-constexpr size_t kAlignment = 256;
 constexpr size_t kTensorAlignment = 16;
 
 SubLayerShape shape_of(LayerConfig const& config, LayerInputs const& inputs) {
@@ -26,22 +26,6 @@ LayerConfig const& checked(LayerConfig const& config, LayerInputs const& inputs)
   config.check_inputs(inputs);
   return config;
 }
-
-// Takes consecutive slices, each aligned, and counts their bytes.
-class Slicer {
- public:
-  explicit Slicer(uint8_t* base) : base_(base) {}
-  uint8_t* take(size_t bytes) {
-    uint8_t* const slice = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return slice;
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
 
 DeviceMemory upload(std::vector<float> const& values, char const* what) {
   size_t const bytes = sizeof(float) * values.size();
@@ -74,16 +58,17 @@ size_t LayerPlan::layout(int64_t tokens, uint8_t* base, Workspace* workspace) co
   int64_t const rows = tokens * config_.top_k;
   size_t const row_bytes = static_cast<size_t>(inputs_.d_model) * size_of(inputs_.dtype);
   Workspace parts;
-  Slicer slicer(base);
+  Slices slices(base);
   // The first slice, hence at base itself.
-  slicer.take(Routing::layout(tokens, config_.top_k, config_.expert_count, inputs_.has_logits, base, &parts.routing));
-  parts.grouped = slicer.take(static_cast<size_t>(rows) * row_bytes);
-  parts.expert_output = slicer.take(static_cast<size_t>(rows) * row_bytes);
-  parts.sub_layer = slicer.take(sub_layer_->workspace_bytes(rows, streams() ? 1 : config_.expert_count));
+  slices.take<uint8_t>(
+      Routing::layout(tokens, config_.top_k, config_.expert_count, inputs_.has_logits, base, &parts.routing));
+  parts.grouped = slices.take<uint8_t>(static_cast<size_t>(rows) * row_bytes);
+  parts.expert_output = slices.take<uint8_t>(static_cast<size_t>(rows) * row_bytes);
+  parts.sub_layer = slices.take<uint8_t>(sub_layer_->workspace_bytes(rows, streams() ? 1 : config_.expert_count));
   if (workspace != nullptr) {
     *workspace = parts;
   }
-  return slicer.used();
+  return slices.bytes();
 }
 
 MoELayer::MoELayer(LayerConfig config, LayerInputs const& inputs) : plan_(config, inputs), device_(current_device()) {
@@ -145,7 +130,7 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   auto const& config = plan_.config();
   check_aligned("hidden_states", hidden_states, kTensorAlignment);
   check_aligned("output", output, kTensorAlignment);
-  check_aligned("workspace", workspace, kAlignment);
+  check_aligned("workspace", workspace, kSliceAlignment);
   if (plan_.inputs().has_logits) {
     check_aligned("router_logits", router_logits, size_of(plan_.inputs().logits_dtype));
   }

@@ -4,6 +4,7 @@
 
 #include "core/cuda_check.h"
 #include "core/element.cuh"
+#include "core/slices.h"
 #include "gemm/grouped_gemm.h"
 #include "gemm/instances.h"
 
@@ -60,29 +61,22 @@ __global__ void __launch_bounds__(kThreads)
   arrays.output_strides[g] = output_stride;
 }
 
-template <class T>
-T* take(uint8_t* base, size_t* bytes, size_t count) {
-  T* const slice = base == nullptr ? nullptr : reinterpret_cast<T*>(base + *bytes);
-  *bytes += (count * sizeof(T) + 15) / 16 * 16;
-  return slice;
-}
-
 }  // namespace
 
 size_t GroupArrays::layout(int32_t groups, uint8_t* base, GroupArrays* arrays) {
   auto const count = static_cast<size_t>(groups);
-  size_t bytes = 0;
+  Slices slices(base);
   GroupArrays a;
-  a.problems = take<int32_t>(base, &bytes, 3 * count);
-  a.inputs = take<void*>(base, &bytes, count);
-  a.weights = take<void*>(base, &bytes, count);
-  a.sources = take<void*>(base, &bytes, count);
-  a.outputs = take<void*>(base, &bytes, count);
-  a.input_strides = take<int64_t>(base, &bytes, count);
-  a.weight_strides = take<int64_t>(base, &bytes, count);
-  a.output_strides = take<int64_t>(base, &bytes, count);
+  a.problems = slices.take<int32_t>(3 * count);
+  a.inputs = slices.take<void*>(count);
+  a.weights = slices.take<void*>(count);
+  a.sources = slices.take<void*>(count);
+  a.outputs = slices.take<void*>(count);
+  a.input_strides = slices.take<int64_t>(count);
+  a.weight_strides = slices.take<int64_t>(count);
+  a.output_strides = slices.take<int64_t>(count);
   if (arrays != nullptr) *arrays = a;
-  return bytes;
+  return slices.bytes();
 }
 
 size_t grouped_gemm_workspace(int32_t groups) { return GroupArrays::layout(groups, nullptr, nullptr); }

@@ -1,31 +1,9 @@
 // The one place that sizes and slices the routing's workspace.
+#include "core/slices.h"
 #include "route/group_scratch.h"
 #include "route/route.h"
 
 namespace moe_infer {
-namespace {
-
-constexpr size_t kAlignment = 256;
-
-// Hands out aligned slices of a workspace; without a base it only counts.
-class Slices {
- public:
-  explicit Slices(uint8_t* base) : base_(base) {}
-
-  template <class T>
-  T* take(size_t count) {
-    T* slice = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return slice;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  uint8_t* base_;
-  size_t bytes_ = 0;
-};
-
-}  // namespace
 
 size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_logits, uint8_t* base,
                        Routing* routing) {
