@@ -16,6 +16,7 @@ _plugin.require_onnxruntime()
 _plugin.preload()
 
 if TYPE_CHECKING:
+    from moe_infer.compare.verify import verify
     from moe_infer.graph.lower import lower
     from moe_infer.graph.rewrite import rewrite
     from moe_infer.inspect import inspect_model
@@ -37,6 +38,7 @@ _MODULES = {
     "inspect_model": "moe_infer.inspect",
     "lower": "moe_infer.graph.lower",
     "rewrite": "moe_infer.graph.rewrite",
+    "verify": "moe_infer.compare.verify",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "lower",
     "plugin_status",
     "rewrite",
+    "verify",
 ]
 
 

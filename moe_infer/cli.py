@@ -1,7 +1,7 @@
-"""Command line: ``moe-infer rewrite | lower | inspect | run``.
+"""Command line: ``moe-infer rewrite | lower | inspect | run | verify``.
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
-(``rewrite``).
+(``rewrite``), 4 the models differ (``verify``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,9 @@ from rich.progress import track
 from rich.table import Table
 
 import moe_infer
+from moe_infer.commands import verify
+from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 NOTHING_MATCHED = 3
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -60,7 +56,7 @@ def _fail(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-infer", description="Mixture-of-Experts ONNX models")
     parser.add_argument("--version", action="version", version=f"%(prog)s {moe_infer.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="rewrite | lower | inspect | run")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     rewrite = commands.add_parser("rewrite", help="find MoE blocks, insert MoELayer nodes")
     rewrite.add_argument("model", help="an exported ONNX model")
@@ -121,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--expert-use", action="store_true", help="show which experts the run used")
     run.add_argument("--json", action="store_true", help="for machines")
     run.set_defaults(command=_run)
+
+    verify.add_parser(commands)
     return parser
 
 
@@ -151,7 +149,7 @@ def _inspect(options: argparse.Namespace) -> int:
         return 0
     tables = (_layers_table(layers), _memory_table(layers))
     for table in tables:
-        _console().print(table)
+        console().print(table)
     return 0
 
 
@@ -204,7 +202,7 @@ def _memory_table(layers: Sequence[Any]) -> Table:
 def _run(options: argparse.Namespace) -> int:
     if options.repeat < 1:
         raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
-    given = _given_inputs(options.input)
+    given = given_inputs(options.input)
     started = time.perf_counter()
     with Console(stderr=True).status("creating the session"):
         session = moe_infer.InferenceSession(
@@ -214,14 +212,13 @@ def _run(options: argparse.Namespace) -> int:
             expert_use=options.expert_use,
         )
     creation = time.perf_counter() - started
-    feeds = _feeds(session, given, _shapes(options.shape), options.seed)
+    feeds = _feeds(session, given, given_shapes(options.shape), options.seed)
     names = [output.name for output in session.get_outputs()]
     times = []
-    console = Console(stderr=True)
     for _ in track(
         range(options.repeat),
         "running",
-        console=console,
+        console=Console(stderr=True),
         transient=True,
         disable=options.repeat == 1,
     ):
@@ -268,43 +265,10 @@ def _describe(value: Any) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": list(array.shape)}
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
-    if not equals or not name or not value:
-        raise ValueError(f"{option} must be NAME=VALUE, got '{text}'")
-    return name, value
-
-
-def _given_inputs(texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    given: dict[str, np.ndarray[Any, Any]] = {}
-    for text in texts:
-        if text.endswith(".npz") and "=" not in text:
-            with np.load(text, allow_pickle=False) as archive:
-                given.update({name: archive[name] for name in archive.files})
-        else:
-            name, path = _pair(text, "--input")
-            loaded = np.load(Path(path), allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                raise ValueError(f"--input {text}: expected one .npy array; an npz takes no name")
-            given[name] = loaded
-    return given
-
-
-def _shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for text in texts:
-        name, value = _pair(text, "--shape")
-        numbers = value.split(",")
-        if not all(n.strip().isdigit() for n in numbers):
-            raise ValueError(f"--shape must be like NAME=1,8, got '{text}'")
-        shapes[name] = tuple(int(n) for n in numbers)
-    return shapes
-
-
 def _ranges(texts: Sequence[str]) -> dict[str, Any]:
     from moe_infer.runtime.profiles import parse_range
 
-    return {name: parse_range(value) for name, value in (_pair(t, "--range") for t in texts)}
+    return {name: parse_range(value) for name, value in (pair(t, "--range") for t in texts)}
 
 
 def _feeds(
@@ -342,11 +306,6 @@ def _random(
         f"input '{value.name}' has type {value.type}, for which there are no random values; give"
         f" --input {value.name}=FILE.npy"
     )
-
-
-def _console() -> Console:
-    # A pipe has no width; a table must not be cut there.
-    return Console() if sys.stdout.isatty() else Console(width=240)
 
 
 def _size(nbytes: float) -> str:

@@ -134,6 +134,7 @@ PUBLIC = {
     "lower",
     "plugin_status",
     "rewrite",
+    "verify",
 }
 
 

@@ -16,6 +16,9 @@ from moe_infer.graph.match import GraphView, describe, values_read
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name, infer_types
 from moe_infer.op import DOMAIN, OP_TYPE, OPSET_VERSION, LayerConfig
 
+REPLACES = "moe_infer.replaces"
+"""Key in a MoELayer's metadata: name of the value that it took the place of."""
+
 _SHAPE_OPS = ("Shape", "Size")
 _VIEW_OPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _SHARED_REMEDY = "to keep a copy for it in the graph, pass copy_shared_weights=True"
@@ -148,6 +151,7 @@ def replace_with_moe_layer(
         domain=DOMAIN,
         **config.to_attributes(),
     )
+    node.metadata_props.add(key=REPLACES, value=output)
     return _replace(view, region, node, output)
 
 

@@ -53,8 +53,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
     Relative weight paths are looked for in the model's folder too.
 
     Args:
-        path: the model's path, or its bytes (relative weight paths are then looked for in
-            ``MOE_INFER_WEIGHT_DIR`` and the working directory alone).
+        path: the model's path, or its bytes (without ``base_dir`` relative weight paths are then
+            looked for in ``MOE_INFER_WEIGHT_DIR`` and the working directory alone).
         sess_options: as for ONNX Runtime. While the session is made, its entries for the folder of
             external data and, for a lowered model, prepacking are set.
         providers: obeyed exactly. None: TensorRT with CUDA and CPU where TensorRT and the plugin
@@ -65,6 +65,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             (smallest, usual, largest) under an input's name, or three numbers under the name of a
             symbolic dimension. Checked on every provider.
         expert_use: make :attr:`expert_use` tell which experts the last run used.
+        base_dir: folder of weight files and external data for a model given by its bytes.
 
     Attributes:
         moe_layers: what :func:`moe_infer.inspect_model` tells of the layers.
@@ -87,9 +88,10 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         input_shapes: Mapping[str, Any] | None = None,
         *,
         expert_use: bool = False,
+        base_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        model, folder = load_model(path)
+        model, folder = load_model(path, base_dir)
         model = inline_functions(model)
         layers = read_layers(model, folder)
         asked = _normalize(providers, provider_options)
@@ -103,11 +105,13 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._expert_use: list[ExpertUse] | None = None
 
         options = sess_options if sess_options is not None else ort.SessionOptions()
-        prepared = _Prepared(path)
+        # Bytes have no folder; ONNX Runtime is told the one of the external data.
+        given_bytes = isinstance(path, bytes) and folder is not None
+        prepared = _Prepared(path, {_FOLDER: str(folder)} if given_bytes else {})
         if self.lowered:
             prepared = _lower(model, folder, choice.moe_provider, layers, options)
         elif layers:
-            prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps))
+            prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps) or given_bytes)
             if profiles is not None:
                 options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
                 options_of_tensorrt.update(profiles.provider_options())

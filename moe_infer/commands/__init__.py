@@ -1,0 +1,1 @@
+"""Commands of ``moe-infer`` that have a file of their own."""
