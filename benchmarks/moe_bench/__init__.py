@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/resident.py`` and ``benchmarks/kernel_sweep.py``."""
