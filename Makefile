@@ -2,11 +2,12 @@
 # make test    everything that this machine can test, set-up included; says what it skipped and why
 # make build   the plugin: build/libmoe_infer.so
 # make lint    ruff, mypy --strict, clang-format; make format puts right what they can
-# make test-gpu   tests/gpu on a machine with an NVIDIA GPU
+# make test-gpu   everything that needs an NVIDIA GPU, into benchmarks/results/gpu_tests.json
 #
 # MOE_INFER_WITH_TORCH=1     the tests that export from PyTorch too (installs it)
 # MOE_INFER_REQUIRE_ALL=1    a skip of anything but a GPU test is a failure
 # MOE_INFER_GPU_ARCHS=90a    GPU code for these alone (see meson.options)
+# GPU_REPORT_ARGS=...        of tools/gpu_report.py, such as --only layer
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,7 +55,7 @@ format: $(VENV)/.dev
 # The GPU wheels of ONNX Runtime and the CPU ones exclude each other, hence a virtual environment of its own.
 test-gpu: $(VENV_GPU)/.gpu
 	$(VENV_GPU)/bin/python tools/build_native.py
-	$(VENV_GPU)/bin/python -m pytest tests/gpu $(PYTEST_ARGS)
+	$(VENV_GPU)/bin/python tools/gpu_report.py $(GPU_REPORT_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info
@@ -91,5 +92,5 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.cpu
 
 $(VENV_GPU)/.gpu: pyproject.toml setup.py VERSION
 	sh tools/make_venv.sh $(PYTHON) $(VENV_GPU)
-	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test]' 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
+	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test,torch]' 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
 	@touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from gpu_layers import (  # noqa: E402
     run,
     same_bits,
 )
+from gpu_threads import in_threads  # noqa: E402
 
 from layer_models import FORMATS, NUMPY, TOLERANCES, assert_close, config_of  # noqa: E402
 from moe_infer.op import DTYPES, ROUTERS, SUBLAYERS  # noqa: E402
@@ -288,6 +288,7 @@ def test_a_changed_file_is_an_error_and_not_a_crash(folder: Path, tmp_path: Path
         assert same_bits(run(layer, x), expected)
 
 
+@pytest.mark.alone
 def test_resident_experts_are_shared(tmp_path: Path) -> None:
     attributes = make_attributes(tmp_path, "Gated_SiLU", "default", 8, 512, 2048)
     with make_layer(attributes, 512, "float32") as first:
@@ -362,7 +363,7 @@ def test_too_many_slots_say_how_much_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slots", [2, 8])
 def test_two_threads_with_two_layers(folder: Path, slots: int) -> None:
-    layers, inputs, expected, failures = [], [], [], []
+    layers, inputs, expected = [], [], []
     for sublayer in ("T5_FF", "Gated_SiLU"):
         attributes = make_attributes(folder, sublayer, "softmax_topk", 8, 64, 96, 2)
         attributes["max_concurrency"] = slots
@@ -371,23 +372,15 @@ def test_two_threads_with_two_layers(folder: Path, slots: int) -> None:
         expected.append([reference(attributes, x) for x in inputs[-1]])
 
     def work(i: int) -> None:
-        try:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for turn in range(60):
-                    x, right = inputs[i][turn % 3], expected[i][turn % 3]
-                    assert_close(run(layers[i], x, stream=stream), right, "float32")
-        except BaseException as error:  # a thread's failure must reach the test
-            failures.append(error)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for turn in range(60):
+                x, right = inputs[i][turn % 3], expected[i][turn % 3]
+                assert_close(run(layers[i], x, stream=stream), right, "float32")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(2, work)
     for layer in layers:
         layer.close()
-    assert not failures
 
 
 @pytest.mark.parametrize("slots", [2, 8])
@@ -395,25 +388,16 @@ def test_one_layer_from_two_threads(folder: Path, slots: int) -> None:
     attributes = make_attributes(folder, "T5_FF", "default", 8, 64, 96, max_concurrency=slots)
     inputs = [make_input(tokens, 64, "float32") for tokens in (5, 60)]
     expected = [reference(attributes, x) for x in inputs]
-    failures: list[BaseException] = []
 
     with make_layer(attributes, 64, "float32") as layer:
 
         def work(i: int) -> None:
-            try:
-                stream = torch.cuda.Stream()
-                with torch.cuda.stream(stream):
-                    for _ in range(60):
-                        assert_close(run(layer, inputs[i], stream=stream), expected[i], "float32")
-            except BaseException as error:
-                failures.append(error)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(60):
+                    assert_close(run(layer, inputs[i], stream=stream), expected[i], "float32")
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
+        in_threads(2, work)
 
 
 def captured(layer: Any, buffers: dict[str, Buffer], tokens: int) -> Any:

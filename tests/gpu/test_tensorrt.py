@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
 from gpu_layers import make_attributes, make_input, reference, same_bits  # noqa: E402
+from gpu_threads import in_threads  # noqa: E402
 
 import moe_infer  # noqa: E402
 from layer_models import ELEMENTS, NUMPY, assert_close  # noqa: E402
@@ -36,6 +36,7 @@ def why_not() -> str:
 
 pytestmark = [
     pytest.mark.needs_library,
+    pytest.mark.engine,
     pytest.mark.skipif(bool(why_not()), reason=f"no TensorRT: {why_not()}"),
 ]
 
@@ -275,26 +276,18 @@ def test_two_sessions_in_two_threads(tmp_path: Path) -> None:
         all_layers.append([attributes])
         models.append(matmul_moe_add([attributes]))
     inputs = [tokens(2, 9, seed=seed) for seed in range(3)]
-    failures: list[BaseException] = []
 
     def work(i: int) -> None:
-        try:
-            right = [expect(models[i], all_layers[i], x) for x in inputs]
-            made = session(models[i])
-            for turn in range(30):
-                (y,) = made.run(None, {"x": inputs[turn % 3]})
-                assert_close(y, right[turn % 3], "float32")
-        except BaseException as error:  # a thread's failure must reach the test
-            failures.append(error)
+        right = [expect(models[i], all_layers[i], x) for x in inputs]
+        made = session(models[i])
+        for turn in range(30):
+            (y,) = made.run(None, {"x": inputs[turn % 3]})
+            assert_close(y, right[turn % 3], "float32")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(2, work)
 
 
+@pytest.mark.alone
 def test_two_sessions_on_one_model_share_resident_experts(tmp_path: Path) -> None:
     attributes = make_attributes(tmp_path, "Gated_SiLU", "default", 8, D_MODEL, 16384)
     model = matmul_moe_add([attributes])  # 12 MiB an expert, 96 MiB together
