@@ -161,7 +161,8 @@ def _layers_table(layers: Sequence[Any]) -> Table:
             layer.name,
             f"{layer.experts}, top {layer.top_k}",
             f"{layer.router} by {layer.router_input}",
-            f"{layer.sublayer} {layer.d_model} x {layer.hidden_size}",
+            f"{layer.sublayer} {layer.d_model} x {layer.hidden_size}"
+            + (", biases" if layer.biases else ""),
             f"{layer.dtype} ({shape})",
             f"{layer.weight_dtype}, {layer.weight_format}",
             layer.weight_file,

@@ -34,6 +34,7 @@ class LayerInfo:
         router: ``moe_variant``.
         router_input: ``router_logits`` or ``expert_centroids``.
         sublayer: what an expert computes.
+        biases: whether the experts have biases.
         d_model: last dimension of hidden_states; 0 if nothing tells it.
         hidden_size: intermediate size of an expert.
         shape: of hidden_states; numbers, symbols or None.
@@ -59,6 +60,7 @@ class LayerInfo:
     router: str
     router_input: str
     sublayer: str
+    biases: bool
     d_model: int
     hidden_size: int
     shape: tuple[int | str | None, ...] | None
@@ -106,7 +108,7 @@ def inspect_model(
 def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
     """Describes one layer; see :func:`inspect_model`."""
     config, weights = layer.config, layer.weights
-    shapes = [t.shape(layer.d_model, config.hidden_size) for t in config.sublayer.tensors]
+    shapes = [t.shape(layer.d_model, config.hidden_size) for t in config.tensors]
     slot = slot_bytes(layer)
     # A sub-layer without weights needs no slots.
     slots = min(config.max_concurrency, config.expert_count) if shapes else 0
@@ -117,6 +119,7 @@ def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
         router=config.moe_variant,
         router_input="router_logits" if layer.router_logits else "expert_centroids",
         sublayer=config.expert_sublayer_type,
+        biases=bool(config.expert_bias),
         d_model=layer.d_model,
         hidden_size=config.hidden_size,
         shape=layer.shape,
@@ -139,13 +142,13 @@ def slot_bytes(layer: LayerNode) -> int:
     """Bytes of one expert on the GPU."""
     sizes = [
         math.prod(t.shape(layer.d_model, layer.config.hidden_size)) * _ITEM_BYTES[layer.dtype]
-        for t in layer.config.sublayer.tensors
+        for t in layer.config.tensors
     ]
     return sum(-(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT for size in sizes)
 
 
 def _lowering(layer: LayerNode) -> str:
-    if not layer.config.sublayer.tensors:
+    if not layer.config.tensors:
         return "nothing to run"
     reason = why_not_fused(layer, CPU_PROVIDER)
     return f"an If for each expert ({reason})" if reason else "com.microsoft.MoE"

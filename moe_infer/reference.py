@@ -17,6 +17,7 @@ from moe_infer.weights import ExpertWeights
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Expert: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 """Packed tensors of one expert, as ``moe_infer.op.ExpertTensor`` tells their layout."""
+SubLayerFunction: TypeAlias = Callable[[Array, Expert, LayerConfig], Array]
 
 
 def moe_layer(
@@ -49,12 +50,12 @@ def moe_layer(
     output = np.zeros_like(x)
     for e in np.unique(experts):
         tensors: Expert = {}
-        if config.sublayer.tensors:
+        if config.tensors:
             found = weights.expert(int(e)) if isinstance(weights, ExpertWeights) else weights[e]
             tensors = {name: array.astype(np.float64) for name, array in found.items()}
         tokens, choices = np.nonzero(experts == e)
         with np.errstate(over="ignore", invalid="ignore"):
-            expert_output = sublayer(x[tokens], tensors)
+            expert_output = sublayer(x[tokens], tensors, config)
             # A token chooses an expert at most once, so the tokens are distinct.
             output[tokens] += routing_weights[tokens, choices, None] * expert_output
     if config.moe_variant == "base_layer":
@@ -72,7 +73,8 @@ def route(
     """Which experts each token takes, and with which weights.
 
     Experts are chosen by their scores, in descending order; among equal scores the lower index
-    wins. A token with NaN among its scores takes experts 0, 1, ... with weights NaN.
+    wins, of experts as of groups. A token with NaN among its scores takes experts 0, 1, ... with
+    weights NaN.
 
     Args:
         hidden_states: (..., d_model).
@@ -94,8 +96,7 @@ def route(
         )
     with np.errstate(over="ignore", invalid="ignore"):
         scores = _scores(hidden_states.reshape(-1, d_model), config, router_logits)
-        # A stable sort keeps the lower index first among equals.
-        experts = np.argsort(-scores, axis=-1, kind="stable")[:, : config.top_k]
+        experts = _largest(_ranking(scores, config), config.top_k)
         chosen = np.take_along_axis(scores, experts, axis=-1)
         weights = _weights(scores, experts, chosen, config)
     bad = np.isnan(scores).any(axis=-1)
@@ -125,6 +126,30 @@ def _scores(
     return scores
 
 
+def _largest(values: Array, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # A stable sort keeps the lower index first among equals.
+    return np.argsort(-values, axis=-1, kind="stable")[:, :count]
+
+
+def _ranking(scores: Array, config: LayerConfig) -> Array:
+    """Values by which the experts are chosen, minus infinity for what must not be."""
+    grouped = config.chosen_groups < config.n_group
+    if config.router_bias is None and not grouped:
+        return scores  # sigmoid, which only sigmoid_topk has, changes no order
+    ranking = _sigmoid(scores)
+    if config.router_bias is not None:
+        ranking = ranking + np.asarray(config.router_bias, np.float64)
+    if not grouped:
+        return ranking
+    size = config.expert_count // config.n_group
+    by_group = ranking.reshape(-1, config.n_group, size)
+    group_scores = np.sort(by_group, axis=-1)[:, :, -2:].sum(axis=-1)
+    open_groups = np.zeros(group_scores.shape, bool)
+    np.put_along_axis(open_groups, _largest(group_scores, config.chosen_groups), True, axis=-1)
+    limited: Array = np.where(open_groups[:, :, None], by_group, -np.inf).reshape(ranking.shape)
+    return limited
+
+
 def _weights(
     scores: Array, experts: np.ndarray[Any, Any], chosen: Array, config: LayerConfig
 ) -> Array:
@@ -136,11 +161,35 @@ def _weights(
         weights = np.take_along_axis(_softmax(scores), experts, axis=-1)
     elif config.moe_variant == "topk_softmax":
         weights = _softmax(chosen)
+    elif config.moe_variant == "sigmoid_topk":
+        weights = _sigmoid(chosen)
+    elif config.moe_variant == "sparse_mixer":
+        weights = _sparse_mixer(scores, experts, config.router_jitter)
     else:
         raise NotImplementedError(f"router '{config.moe_variant}' has no reference")
-    # The weight of a router that takes one expert is no share of a sum.
-    if config.normalize_routing_weights and not config.router.single_expert:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+    if config.router.single_expert:
+        return weights  # no share of a sum
+    if config.normalize_routing_weights:
+        epsilon = 1e-20 if config.moe_variant == "sigmoid_topk" else 0.0
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + epsilon)
+    scaled: Array = weights * config.routed_scaling_factor
+    return scaled
+
+
+def _sparse_mixer(scores: Array, experts: np.ndarray[Any, Any], jitter: float) -> Array:
+    """Each choice's share of a softmax over the experts not chosen before and near enough to it.
+
+    As Phi-3.5-MoE's SparseMixer (https://arxiv.org/abs/2409.12136) evaluates; training samples.
+    """
+    left, weights = scores.copy(), np.empty(experts.shape)
+    for choice in range(experts.shape[1]):
+        expert = experts[:, choice, None]
+        best = np.take_along_axis(scores, expert, axis=-1)
+        # 0 / 0 and infinity / infinity are NaN, which is not greater: such a score stays.
+        far = (best - scores) / np.maximum(np.abs(scores), best) > 2.0 * jitter
+        share = np.exp(np.where(far, -np.inf, left) - best)
+        weights[:, choice] = np.take_along_axis(share, expert, axis=-1)[:, 0] / share.sum(axis=-1)
+        np.put_along_axis(left, expert, -np.inf, axis=-1)
     return weights
 
 
@@ -156,11 +205,25 @@ def _sigmoid(x: Array) -> Array:
     return np.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
+def _silu(x: Array) -> Array:
+    return x * _sigmoid(x)
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, 0.0)
+
+
+def _gelu(x: Array) -> Array:
+    erf = np.array([math.erf(v) for v in (x / math.sqrt(2.0)).ravel()]).reshape(x.shape)
+    product: Array = 0.5 * x * (1.0 + erf)
+    return product
+
+
 def _gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _t5_ff(x: Array, tensors: Expert) -> Array:
+def _t5_ff(x: Array, tensors: Expert, config: LayerConfig) -> Array:
     normed = rms_norm(x, tensors["layer_norm"])
     gate, up = tensors["gate_up"][0::2], tensors["gate_up"][1::2]
     inner = _gelu_tanh(normed @ gate.T) * (normed @ up.T)
@@ -168,20 +231,49 @@ def _t5_ff(x: Array, tensors: Expert) -> Array:
     return output
 
 
-def _gated_silu(x: Array, tensors: Expert) -> Array:
-    gate, up = tensors["gate_up"][0::2], tensors["gate_up"][1::2]
-    scores = x @ gate.T
-    inner = scores * _sigmoid(scores) * (x @ up.T)
-    output: Array = inner @ tensors["down"].T
-    return output
+def _product(x: Array, tensors: Expert, name: str) -> Array:
+    """X @ tensor^T, with the tensor's bias where the expert has one."""
+    product: Array = x @ tensors[name].T
+    return product + tensors[f"{name}_bias"] if f"{name}_bias" in tensors else product
 
 
-def _identity(x: Array, tensors: Expert) -> Array:
+def _gated(activation: Callable[[Array], Array]) -> SubLayerFunction:
+    def compute(x: Array, tensors: Expert, config: LayerConfig) -> Array:
+        both = _product(x, tensors, "gate_up")
+        return _product(activation(both[:, 0::2]) * both[:, 1::2], tensors, "down")
+
+    return compute
+
+
+def _plain(activation: Callable[[Array], Array]) -> SubLayerFunction:
+    def compute(x: Array, tensors: Expert, config: LayerConfig) -> Array:
+        return _product(activation(_product(x, tensors, "up")), tensors, "down")
+
+    return compute
+
+
+def _clamped_swiglu(x: Array, tensors: Expert, config: LayerConfig) -> Array:
+    both = _product(x, tensors, "gate_up")
+    limit = config.swiglu_limit or np.inf
+    gate, up = np.minimum(both[:, 0::2], limit), np.clip(both[:, 1::2], -limit, limit)
+    inner = gate * _sigmoid(config.activation_alpha * gate) * (up + config.activation_beta)
+    return _product(inner, tensors, "down")
+
+
+def _identity(x: Array, tensors: Expert, config: LayerConfig) -> Array:
     return x
 
 
-_SUBLAYERS: dict[str, Callable[[Array, Expert], Array]] = {
+_SUBLAYERS: dict[str, SubLayerFunction] = {
     "T5_FF": _t5_ff,
-    "Gated_SiLU": _gated_silu,
+    "Gated_SiLU": _gated(_silu),
+    "Gated_GELU": _gated(_gelu),
+    "Gated_GELU_Tanh": _gated(_gelu_tanh),
+    "Gated_ReLU": _gated(_relu),
+    "Clamped_SwiGLU": _clamped_swiglu,
+    "SiLU_FF": _plain(_silu),
+    "ReLU_FF": _plain(_relu),
+    "GELU_FF": _plain(_gelu),
+    "GELU_Tanh_FF": _plain(_gelu_tanh),
     "Identity": _identity,
 }

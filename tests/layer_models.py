@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from moe_infer.op import DOMAIN, SUBLAYERS, LayerConfig
+from moe_infer.op import DOMAIN, SUBLAYERS, ExpertTensor, LayerConfig
 from moe_infer.weights import SafetensorsWriter, write_npz
 
 ELEMENTS = {
@@ -30,14 +30,26 @@ FORMATS = ("npz stored", "npz deflated", "safetensors separate", "safetensors st
 Parts = dict[str, np.ndarray[Any, Any]]
 
 
+def tensors_of(sublayer: str, bias: bool = False) -> tuple[ExpertTensor, ...]:
+    """What an expert has in a file."""
+    found = SUBLAYERS[sublayer]
+    return found.tensors + (found.biases if bias else ())
+
+
 def make_parts(
-    sublayer: str, experts: int, d_model: int, hidden: int, dtype: str, seed: int = 0
+    sublayer: str,
+    experts: int,
+    d_model: int,
+    hidden: int,
+    dtype: str,
+    seed: int = 0,
+    bias: bool = False,
 ) -> Parts:
     """Tensors of separate experts by their names in a file; outputs have about unit variance."""
     rng = np.random.default_rng(seed)
     parts: Parts = {}
     for e in range(experts):
-        for tensor in SUBLAYERS[sublayer].tensors:
+        for tensor in tensors_of(sublayer, bias):
             for part in tensor.parts:
                 shape = tensor.resolve_part_shape(d_model, hidden)
                 values = rng.standard_normal(shape) / (np.sqrt(shape[-1]) if len(shape) > 1 else 1)
@@ -63,7 +75,8 @@ def write_experts(path: Path, parts: Parts, sublayer: str, experts: int, form: s
 def stack(parts: Parts, sublayer: str, experts: int) -> Parts:
     """The stacked, packed tensors, with alternating rows where a tensor has two parts."""
     stacked: Parts = {}
-    for tensor in SUBLAYERS[sublayer].tensors:
+    bias = any(name.endswith("_bias") for name in parts)
+    for tensor in tensors_of(sublayer, bias):
         packed = []
         for e in range(experts):
             arrays = [parts[f"{e}/{part}"] for part in tensor.parts]
@@ -87,7 +100,10 @@ def layer_attributes(
     centroids: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """Attributes of a MoELayer; centroids where asked for and what the router needs."""
+    """Attributes of a MoELayer; centroids where asked for and what the router needs.
+
+    ``sigmoid_topk`` gets a bias, which decides between experts whose scores are near each other.
+    """
     rng = np.random.default_rng(7)
     attributes: dict[str, Any] = {
         "expert_count": experts,
@@ -106,6 +122,9 @@ def layer_attributes(
         attributes["layernorm_weight"] = [
             float(np.float32(w)) for w in rng.uniform(0.5, 2, d_model)
         ]
+    if router == "sigmoid_topk":
+        bias = np.random.default_rng(8).uniform(-0.2, 0.2, experts)
+        attributes.setdefault("router_bias", [float(np.float32(b)) for b in bias])
     return attributes
 
 

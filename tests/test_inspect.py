@@ -16,7 +16,8 @@ D_MODEL, HIDDEN, EXPERTS = 20, 36, 4
 
 
 def described(tmp_path: Path, form: str, sublayer: str, dtype: str, **more: Any) -> LayerInfo:
-    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, "float16")
+    bias = bool(more.get("expert_bias"))
+    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, "float16", bias=bias)
     path = write_experts(tmp_path / "experts", parts, sublayer, EXPERTS, form)
     attributes = layer_attributes(
         sublayer, "default", EXPERTS, D_MODEL, HIDDEN, 1, path.name, centroids=False, **more
@@ -48,6 +49,15 @@ def test_slots_are_no_more_than_experts(tmp_path: Path) -> None:
     layer = described(tmp_path, "npz stored", "Gated_SiLU", "float16", max_concurrency=99)
     assert layer.slots == EXPERTS
     assert layer.slot_bytes == 2 * 36 * 20 * 2 + 192 + 1440 + 96
+
+
+def test_biases(tmp_path: Path) -> None:
+    layer = described(tmp_path, "safetensors stacked", "ReLU_FF", "float16", expert_bias=1)
+    assert layer.biases
+    assert layer.parameters == 4 * (2 * 36 * 20 + 36 + 20)
+    assert layer.disk_bytes == layer.host_bytes == 2 * layer.parameters
+    assert layer.slot_bytes == 2 * 1536 + 256 + 256
+    assert not described(tmp_path, "safetensors stacked", "ReLU_FF", "float16").biases
 
 
 def test_deflated_experts(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def case(
     centroids: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, weights)
+    bias = bool(more.get("expert_bias"))
+    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, weights, bias=bias)
     path = tmp_path / "none"
     if SUBLAYERS[sublayer].tensors:
         path = write_experts(tmp_path / "experts", parts, sublayer, EXPERTS, form)
@@ -99,13 +100,88 @@ def check(
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("sublayer", SUBLAYERS)
+@pytest.mark.parametrize("sublayer", ["T5_FF", "Gated_SiLU"])
 def test_matches_the_reference(
     tmp_path: Path, sublayer: str, router: str, dtype: str, form: str
 ) -> None:
     centroids = router == "cpm_2"
     attributes = case(tmp_path, sublayer, router, form, dtype, dtype, centroids=centroids)
     check(attributes, dtype, (2, 9))
+
+
+@pytest.mark.parametrize("form", ["npz deflated", "safetensors separate", "safetensors stacked"])
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize("sublayer", [n for n in SUBLAYERS if n not in ("T5_FF", "Identity")])
+def test_sublayers_match_the_reference(
+    tmp_path: Path, sublayer: str, bias: int, dtype: str, form: str
+) -> None:
+    check(case(tmp_path, sublayer, form=form, weights=dtype, expert_bias=bias), dtype, (2, 9))
+
+
+@pytest.mark.parametrize("form", ["npz stored", "safetensors stacked"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"swiglu_limit": 0.0},
+        {"swiglu_limit": 0.25},
+        {"activation_alpha": 0.5, "activation_beta": -2.0, "swiglu_limit": 1.5},
+    ],
+    ids=str,
+)
+def test_parameters_of_the_activation(
+    tmp_path: Path, parameters: dict[str, float], form: str
+) -> None:
+    attributes = case(tmp_path, "Clamped_SwiGLU", form=form, expert_bias=1, **parameters)
+    check(attributes, "float32", (30,))
+
+
+GROUPS = [
+    {"n_group": 3, "topk_group": 1, "top_k": 2},
+    {"n_group": 2, "topk_group": 1, "top_k": 3},
+    {"n_group": 3, "topk_group": 2, "top_k": 3, "normalize_routing_weights": 1},
+    {"n_group": 3, "topk_group": 2, "top_k": 2, "router_bias": [0.0] * EXPERTS},
+    {"n_group": 3, "top_k": 4, "routed_scaling_factor": 2.5},
+]
+
+
+@pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_groups_of_experts(tmp_path: Path, groups: dict[str, Any], form: str) -> None:
+    attributes = case(tmp_path, router="sigmoid_topk", form=form, **groups)
+    check(attributes, "float32", (60,))
+    check(attributes, "float32", (0, 3))
+    # Nearly all scores and sums of scores are equal to others.
+    tied = np.random.default_rng(5).integers(0, 2, (200, EXPERTS)).astype(np.float32)
+    check({**attributes, "router_bias": [0.0] * EXPERTS}, "float32", (200,), logits=tied)
+    tied[7, 2] = np.nan
+    found = check(attributes, "float32", (200,), logits=tied)
+    assert np.isnan(found).all(axis=-1).nonzero()[0].tolist() == [7]
+
+
+@pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk", "sparse_mixer"])
+def test_scaled_weights(tmp_path: Path, router: str, form: str) -> None:
+    attributes = case(tmp_path, router=router, form=form, routed_scaling_factor=-1.5)
+    check(attributes, "float32", (20,))
+
+
+@pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
+def test_low_scores_keep_their_ratio(tmp_path: Path, form: str) -> None:
+    """Sigmoids of -30 are of no weight, but divided by their sum they are."""
+    logits = separated_scores(np.random.default_rng(1), 12, EXPERTS) - 30
+    attributes = case(tmp_path, router="sigmoid_topk", form=form, normalize_routing_weights=1)
+    check({**attributes, "router_bias": [0.0] * EXPERTS}, "float32", (12,), logits=logits)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3, 5.0])
+@pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
+def test_sparse_mixer_leaves_out_what_is_far(tmp_path: Path, form: str, jitter: float) -> None:
+    attributes = case(tmp_path, router="sparse_mixer", form=form, router_jitter=jitter)
+    rng = np.random.default_rng(9)
+    for offset in (-3.0, 0.0, 3.0):
+        logits = (rng.standard_normal((50, EXPERTS)) + offset).astype(np.float32)
+        check(attributes, "float32", (50,), logits=logits)
 
 
 def count_nodes(model: onnx.ModelProto, op_type: str) -> int:
@@ -121,17 +197,28 @@ def test_weights_of_another_type_than_the_graph(
     check(case(tmp_path, form=form, dtype=dtype, weights=weights), dtype, (11,))
 
 
+SHAPES = [(0,), (1,), (2,), (7,), (128,), (2, 0), (0, 3), (1, 1), (3, 5), (2, 64)]
+
+
 @pytest.mark.parametrize("form", ["safetensors stacked", "safetensors separate"])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("sublayer", SUBLAYERS)
-@pytest.mark.parametrize(
-    "shape", [(0,), (1,), (2,), (7,), (128,), (2, 0), (0, 3), (1, 1), (3, 5), (2, 64)], ids=str
-)
+@pytest.mark.parametrize("sublayer", ["T5_FF", "Gated_SiLU", "Identity"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(
     tmp_path: Path, sublayer: str, router: str, form: str, shape: tuple[int, ...]
 ) -> None:
     centroids = router == "cpm_2"
     found = check(case(tmp_path, sublayer, router, form, centroids=centroids), "float32", shape)
+    assert found.shape == (*shape, D_MODEL)
+
+
+@pytest.mark.parametrize("form", ["safetensors stacked", "safetensors separate"])
+@pytest.mark.parametrize("sublayer", ["Clamped_SwiGLU", "GELU_FF", "ReLU_FF"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (128,), (2, 0), (3, 5)], ids=str)
+def test_shapes_with_biases(
+    tmp_path: Path, sublayer: str, form: str, shape: tuple[int, ...]
+) -> None:
+    found = check(case(tmp_path, sublayer, form=form, expert_bias=1), "float32", shape)
     assert found.shape == (*shape, D_MODEL)
 
 
@@ -148,8 +235,9 @@ def test_router_logits_of_the_graphs_type(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
 @pytest.mark.parametrize("normalize", [0, 1])
 @pytest.mark.parametrize("top_k", [1, 2, 5, 6])
-@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk", "sparse_mixer"])
 def test_top_k(tmp_path: Path, router: str, top_k: int, normalize: int, form: str) -> None:
+    top_k = min(top_k, ROUTERS[router].most_experts or top_k)
     attributes = case(
         tmp_path, router=router, form=form, top_k=top_k, normalize_routing_weights=normalize
     )
@@ -173,7 +261,7 @@ def test_all_tokens_to_one_expert(tmp_path: Path, router: str, form: str) -> Non
     check(case(tmp_path, router=router, form=form), "float32", (64,), logits=logits)
 
 
-@pytest.mark.parametrize("sublayer", SUBLAYERS)
+@pytest.mark.parametrize("sublayer", ["T5_FF", "Gated_SiLU", "Identity"])
 @pytest.mark.parametrize("form", ["safetensors stacked", "npz stored"])
 @pytest.mark.parametrize("router", [r for r in ROUTERS if r != "cpm_2"])
 def test_nan_scores_give_nan_for_that_token_alone(
@@ -215,9 +303,18 @@ def test_numbers_of_experts(tmp_path: Path, experts: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("opset", [14, 17, 18, 21])
-@pytest.mark.parametrize("sublayer", SUBLAYERS)
-def test_opsets(tmp_path: Path, sublayer: str, opset: int) -> None:
-    attributes = case(tmp_path, sublayer, "base_layer", form="safetensors separate")
+@pytest.mark.parametrize(
+    ("sublayer", "router", "more"),
+    [(name, "base_layer", {}) for name in SUBLAYERS]
+    + [
+        ("ReLU_FF", "sigmoid_topk", {"n_group": 3, "topk_group": 1, "expert_bias": 1}),
+        ("Clamped_SwiGLU", "sparse_mixer", {"expert_bias": 1}),
+    ],
+)
+def test_opsets(
+    tmp_path: Path, sublayer: str, router: str, more: dict[str, Any], opset: int
+) -> None:
+    attributes = case(tmp_path, sublayer, router, form="safetensors separate", **more)
     model = lower(layer_model([attributes], D_MODEL, opset=opset))
     onnx.checker.check_model(model_without_external(model))
     check(attributes, "float32", (2, 3), model=model)
@@ -263,6 +360,16 @@ def test_the_given_model_is_left_as_it_is(tmp_path: Path) -> None:
         ({"sublayer": "T5_FF"}, False),
         ({"weights": "float16"}, False),
         ({"form": "safetensors separate"}, False),
+        ({"router": "sigmoid_topk"}, True),
+        ({"router": "sparse_mixer"}, True),
+        ({"sublayer": "Clamped_SwiGLU", "expert_bias": 1}, True),
+        ({"sublayer": "ReLU_FF", "expert_bias": 1}, True),
+        ({"sublayer": "SiLU_FF"}, True),
+        ({"sublayer": "GELU_Tanh_FF"}, True),
+        ({"sublayer": "GELU_FF"}, False),
+        ({"sublayer": "Gated_GELU"}, False),
+        ({"sublayer": "Gated_GELU_Tanh"}, False),
+        ({"sublayer": "Gated_ReLU"}, False),
     ],
     ids=str,
 )
@@ -296,6 +403,24 @@ def test_where_the_fused_operator_is_taken_on_cuda(
     assert count_nodes(lower(model, provider="CUDAExecutionProvider"), "MoE") == int(
         fused and logits_dtype == dtype
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        ({"sublayer": "Clamped_SwiGLU", "expert_bias": 1}, True),
+        ({"sublayer": "ReLU_FF"}, True),
+        ({"sublayer": "GELU_Tanh_FF"}, False),
+        ({"router": "sigmoid_topk"}, False),
+        ({"router": "sigmoid_topk", "top_k": 1}, True),
+        ({"router": "sparse_mixer"}, False),
+    ],
+    ids=str,
+)
+def test_what_cuda_has(tmp_path: Path, change: dict[str, Any], fused: bool) -> None:
+    attributes = case(tmp_path, weights="float16", **change)
+    model = layer_model([attributes], D_MODEL, "float16", logits_dtype="float16")
+    assert count_nodes(lower(model, provider="CUDAExecutionProvider"), "MoE") == int(fused)
 
 
 @pytest.mark.parametrize("weights", ["float32", "float16"])

@@ -6,6 +6,8 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from moe_infer.op import (
@@ -24,6 +26,8 @@ LEAST: dict[str, Any] = {
     "expert_sublayer_type": "T5_FF",
     "expert_weight_file": "w.npz",
 }
+GPT_OSS: dict[str, Any] = {"expert_sublayer_type": "Clamped_SwiGLU", "expert_bias": 1}
+SIGMOID: dict[str, Any] = {"moe_variant": "sigmoid_topk"}
 CPM_2 = {"moe_variant": "cpm_2", "layernorm_weight": [1.0, 2.0], "expert_centroids": [0.5] * 8}
 
 
@@ -36,6 +40,10 @@ def test_defaults() -> None:
     layer = make()
     assert (layer.max_concurrency, layer.top_k, layer.moe_variant) == (2, 1, "default")
     assert (layer.normalize_routing_weights, layer.embedding_size) == (0, 0)
+    assert (layer.n_group, layer.topk_group, layer.chosen_groups) == (1, 0, 1)
+    assert (layer.routed_scaling_factor, layer.router_jitter, layer.router_bias) == (1, 0.01, None)
+    assert (layer.activation_alpha, layer.activation_beta, layer.swiglu_limit) == (1.702, 1, 7)
+    assert layer.tensors == layer.sublayer.tensors
     assert (layer.expert_weight_prefix, layer.expert_weight_digest) == ("", "")
     assert layer.expert_centroids is None and layer.layernorm_weight is None
     assert layer.sublayer is SUBLAYERS["T5_FF"] and layer.router is ROUTERS["default"]
@@ -56,6 +64,16 @@ FULL: list[dict[str, Any]] = [
     {**CPM_2, "embedding_size": 2, "expert_weight_prefix": "layers.3."},
     {"expert_centroids": [0.25, -1.0, 3.0, 4.0], "expert_weight_digest": "0123abcd-99"},
     {"expert_sublayer_type": "Identity", "hidden_size": 0, "expert_weight_file": None},
+    {
+        "moe_variant": "sigmoid_topk",
+        "router_bias": [0.5, 0.25, -1.0, 0.0],
+        "n_group": 2,
+        "topk_group": 1,
+        "top_k": 2,
+        "routed_scaling_factor": 2.5,
+    },
+    {"moe_variant": "sparse_mixer", "router_jitter": 0.125, "top_k": 2},
+    {**GPT_OSS, "activation_alpha": 1.5, "activation_beta": 0.0, "swiglu_limit": 0.0},
 ]
 
 
@@ -69,6 +87,18 @@ def test_round_trip(changes: dict[str, Any]) -> None:
     assert {a.name for a in ATTRIBUTES if a.required} <= set(attributes)
 
 
+@pytest.mark.parametrize("value", [1.702, 0.01, 0.1, 1 / 3, 1e-40, 3.4e38, -0.0])
+def test_a_float_is_what_32_bits_keep_of_it(value: float) -> None:
+    """ONNX gives back other digits than were given; neither may be taken for another value."""
+    layer = make(**GPT_OSS, activation_alpha=value)
+    attribute = onnx.helper.make_attribute("activation_alpha", value)
+    stored = onnx.helper.get_attribute_value(attribute)
+    assert make(**GPT_OSS, activation_alpha=stored) == layer
+    assert make(**GPT_OSS, activation_alpha=np.float32(value)) == layer
+    assert np.float32(layer.activation_alpha) == np.float32(value)
+    assert ("activation_alpha" in layer.to_attributes()) == (value != 1.702)
+
+
 def test_onnx_gives_bytes_and_lists() -> None:
     layer = make(expert_sublayer_type=b"T5_FF", expert_centroids=[1, 2, 3, 4])
     assert layer == make(expert_centroids=(1.0, 2.0, 3.0, 4.0))
@@ -80,7 +110,7 @@ def test_resident(slots: int, resident: bool) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"experts": 3}, "unknown attribute 'experts'; known are embedding_size, expert_centroids, "),
+    ({"experts": 3}, "unknown attribute 'experts'; known are activation_alpha, "),
     ({"expert_count": None}, "attribute 'expert_count' is missing"),
     ({"hidden_size": None}, "attribute 'hidden_size' is missing"),
     ({"expert_sublayer_type": None}, "attribute 'expert_sublayer_type' is missing"),
@@ -102,11 +132,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 5}, "attribute 'top_k' is 5, but there are only 4 experts"),
     (
         {"expert_sublayer_type": "T5"},
-        "'expert_sublayer_type' is 'T5'; known are Gated_SiLU, Identity, T5_FF",
+        "'expert_sublayer_type' is 'T5'; known are Clamped_SwiGLU, GELU_FF, GELU_Tanh_FF,"
+        " Gated_GELU, Gated_GELU_Tanh, Gated_ReLU, Gated_SiLU, Identity, ReLU_FF, SiLU_FF, T5_FF",
     ),
     (
         {"moe_variant": "top2"},
-        "'moe_variant' is 'top2'; known are base_layer, cpm_2, default, softmax_topk, topk_softmax",
+        "'moe_variant' is 'top2'; known are base_layer, cpm_2, default, sigmoid_topk, softmax_topk,"
+        " sparse_mixer, topk_softmax",
     ),
     ({"hidden_size": 0}, "attribute 'hidden_size' must be 1 to 1073741823, got 0"),
     (
@@ -144,6 +176,79 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {**CPM_2, "layernorm_weight": [math.inf, 1.0]},
         "attribute 'layernorm_weight' has infinity at position 0",
     ),
+    ({"routed_scaling_factor": 2}, "'routed_scaling_factor' must be of type float, got int"),
+    ({"router_jitter": "a"}, "attribute 'router_jitter' must be of type float, got str"),
+    ({"swiglu_limit": [7.0]}, "attribute 'swiglu_limit' must be of type float, got list"),
+    ({"router_bias": 1.0}, "attribute 'router_bias' must be of type floats, got float"),
+    (
+        {"moe_variant": "sparse_mixer", "top_k": 3},
+        "router 'sparse_mixer' takes at most 2 experts a token, but attribute 'top_k' is 3",
+    ),
+    (
+        {"router_bias": [0.0] * 4, "moe_variant": "softmax_topk"},
+        "'router_bias' is only for router 'sigmoid_topk', but 'moe_variant' is 'softmax_topk'",
+    ),
+    ({"n_group": 2}, "'n_group' is only for router 'sigmoid_topk', but 'moe_variant' is 'default'"),
+    ({"topk_group": 1}, "attribute 'topk_group' is only for router 'sigmoid_topk', but"),
+    (
+        {"routed_scaling_factor": 2.0, "moe_variant": "base_layer"},
+        "'routed_scaling_factor' is only for router 'softmax_topk' or 'topk_softmax' or"
+        " 'sigmoid_topk' or 'sparse_mixer', but 'moe_variant' is 'base_layer'",
+    ),
+    ({**SIGMOID, "router_jitter": 0.5}, "'router_jitter' is only for router 'sparse_mixer', but"),
+    (
+        {**SIGMOID, "router_bias": [0.0] * 3},
+        "attribute 'router_bias' must have expert_count = 4 values, got 3",
+    ),
+    (
+        {**SIGMOID, "router_bias": [0.0, math.nan, 0.0, 0.0]},
+        "attribute 'router_bias' has NaN at position 1",
+    ),
+    ({**SIGMOID, "n_group": 0}, "attribute 'n_group' must be at least 1, got 0"),
+    ({**SIGMOID, "n_group": 3}, "'n_group' is 3, which does not divide the 4 experts"),
+    (
+        {**SIGMOID, "n_group": 4},
+        "'n_group' is 4, but a group needs at least 2 experts and there are only 4 experts",
+    ),
+    ({**SIGMOID, "topk_group": -1}, "attribute 'topk_group' must be at least 0, got -1"),
+    (
+        {**SIGMOID, "n_group": 2, "topk_group": 3},
+        "attribute 'topk_group' is 3, but 'n_group' is 2",
+    ),
+    (
+        {**SIGMOID, "n_group": 2, "topk_group": 1, "top_k": 3},
+        "attribute 'top_k' is 3, but 1 of 2 groups hold only 2 experts",
+    ),
+    (
+        {**SIGMOID, "routed_scaling_factor": math.inf},
+        "attribute 'routed_scaling_factor' must be a finite number, got infinity",
+    ),
+    (
+        {**SIGMOID, "routed_scaling_factor": 1e39},
+        "attribute 'routed_scaling_factor' must be a finite number, got infinity",
+    ),
+    (
+        {"moe_variant": "sparse_mixer", "router_jitter": -0.25},
+        "attribute 'router_jitter' must be at least 0, got -0.25",
+    ),
+    ({"expert_bias": 2}, "attribute 'expert_bias' must be 0 to 1, got 2"),
+    ({"expert_bias": 1}, "attribute 'expert_bias' is 1, but sub-layer 'T5_FF' has no biases"),
+    (
+        {"expert_bias": 1, "expert_sublayer_type": "Identity"},
+        "attribute 'expert_bias' is 1, but sub-layer 'Identity' has no biases",
+    ),
+    (
+        {"activation_alpha": 1.0, "expert_sublayer_type": "Gated_SiLU"},
+        "'activation_alpha' is not for sub-layer 'Gated_SiLU', which does not read it",
+    ),
+    ({"activation_beta": 0.0}, "attribute 'activation_beta' is not for sub-layer 'T5_FF', which"),
+    ({"swiglu_limit": 0.0}, "attribute 'swiglu_limit' is not for sub-layer 'T5_FF', which"),
+    ({**GPT_OSS, "swiglu_limit": -1e-9}, "'swiglu_limit' must be at least 0, got -1e-09"),
+    ({**GPT_OSS, "activation_alpha": math.nan}, "'activation_alpha' must be a finite number, got"),
+    (
+        {**GPT_OSS, "activation_beta": -math.inf},
+        "attribute 'activation_beta' must be a finite number, got infinity",
+    ),
 ]
 
 
@@ -155,7 +260,7 @@ def test_bad_attributes(changes: dict[str, Any], message: str) -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
 def test_routers_that_take_more(router: str) -> None:
     assert make(moe_variant=router, top_k=4).top_k == 4
 
@@ -223,3 +328,8 @@ def test_packed_shapes() -> None:
     shapes = {t.name: t.shape(4, 6) for t in SUBLAYERS["T5_FF"].tensors}
     assert shapes == {"layer_norm": (4,), "gate_up": (12, 4), "down": (4, 6)}
     assert SUBLAYERS["Identity"].tensors == ()
+    gated = {t.name: t.shape(4, 6) for t in make(**GPT_OSS).tensors}
+    assert gated == {"gate_up": (12, 4), "down": (4, 6), "gate_up_bias": (12,), "down_bias": (4,)}
+    plain = make(expert_sublayer_type="ReLU_FF", expert_bias=1).tensors
+    shapes = {t.name: t.shape(4, 6) for t in plain}
+    assert shapes == {"up": (6, 4), "down": (4, 6), "up_bias": (6,), "down_bias": (4,)}

@@ -28,30 +28,103 @@ def config(experts: int, **changes: Any) -> LayerConfig:
     return LayerConfig.from_attributes({**attributes, **changes})
 
 
-def make_experts(sublayer: str, count: int, seed: int = 0) -> Experts:
+def make_experts(sublayer: str, count: int, seed: int = 0, bias: bool = False) -> Experts:
     rng = np.random.default_rng(seed)
-    tensors = SUBLAYERS[sublayer].tensors
+    tensors = SUBLAYERS[sublayer].tensors + (SUBLAYERS[sublayer].biases if bias else ())
     return {e: {t.name: rng.standard_normal(t.shape(D, H)) for t in tensors} for e in range(count)}
 
 
-def loop_expert(sublayer: str, x: list[float], tensors: dict[str, np.ndarray]) -> list[float]:
+def loop_activation(sublayer: str, v: float) -> float:
+    if "SiLU" in sublayer:
+        return v / (1 + math.exp(-v))
+    if "ReLU" in sublayer:
+        return max(v, 0.0)
+    if sublayer in ("Gated_GELU", "GELU_FF"):
+        return 0.5 * v * (1 + math.erf(v / math.sqrt(2)))
+    return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
+def loop_expert(layer: LayerConfig, x: list[float], tensors: dict[str, np.ndarray]) -> list[float]:
     """One expert on one token, by scalar arithmetic."""
+    sublayer = layer.expert_sublayer_type
     if sublayer == "Identity":
         return x
+
+    def product(name: str, v: list[float]) -> list[float]:
+        out = [sum(float(w) * f for w, f in zip(r, v, strict=True)) for r in tensors[name]]
+        bias = tensors.get(f"{name}_bias", np.zeros(len(out)))
+        return [a + float(b) for a, b in zip(out, bias, strict=True)]
+
     n = x
     if sublayer == "T5_FF":
         scale = math.sqrt(sum(v * v for v in x) / len(x) + 1e-6)
         n = [float(w) * v / scale for w, v in zip(tensors["layer_norm"], x, strict=True)]
-    rows = [sum(float(w) * v for w, v in zip(r, n, strict=True)) for r in tensors["gate_up"]]
     inner = []
-    for gate, up in zip(rows[0::2], rows[1::2], strict=True):
-        if sublayer == "T5_FF":
-            cubic = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-            inner.append(0.5 * gate * (1 + math.tanh(cubic)) * up)
-        else:
-            inner.append(gate / (1 + math.exp(-gate)) * up)
-    out = [sum(float(w) * v for w, v in zip(r, inner, strict=True)) for r in tensors["down"]]
+    if "up" in tensors:
+        inner = [loop_activation(sublayer, v) for v in product("up", n)]
+    elif sublayer == "Clamped_SwiGLU":
+        rows = product("gate_up", n)
+        for gate, up in zip(rows[0::2], rows[1::2], strict=True):
+            limit = layer.swiglu_limit or math.inf
+            g, u = min(gate, limit), max(min(up, limit), -limit)
+            inner.append(
+                g / (1 + math.exp(-layer.activation_alpha * g)) * (u + layer.activation_beta)
+            )
+    else:
+        rows = product("gate_up", n)
+        inner = [
+            loop_activation(sublayer, gate) * up
+            for gate, up in zip(rows[0::2], rows[1::2], strict=True)
+        ]
+    out = product("down", inner)
     return [a + b for a, b in zip(x, out, strict=True)] if sublayer == "T5_FF" else out
+
+
+def loop_route(scores: list[float], config: LayerConfig) -> tuple[list[int], list[float]]:
+    """Chosen experts and weights of one token, by scalar arithmetic."""
+    experts = range(len(scores))
+    if config.moe_variant == "sparse_mixer":
+        return loop_sparse_mixer(scores, config)
+    ranking = scores
+    sigmoid = [1 / (1 + math.exp(-s)) for s in scores]
+    if config.moe_variant == "sigmoid_topk":
+        bias = config.router_bias or [0.0] * len(scores)
+        ranking = [s + b for s, b in zip(sigmoid, bias, strict=True)]
+        size = len(scores) // config.n_group
+        groups = [sorted(ranking[g * size :][:size])[-2:] for g in range(config.n_group)]
+        best = sorted(range(config.n_group), key=lambda g: (-sum(groups[g]), g))
+        experts = [e for e in experts if e // size in best[: config.topk_group or config.n_group]]
+    order = sorted(experts, key=lambda e: (-ranking[e], e))[: config.top_k]
+    weights = [1.0] * len(order)
+    chosen = [math.exp(scores[e]) for e in order]
+    if config.moe_variant in ("base_layer", "sigmoid_topk"):
+        weights = [sigmoid[e] for e in order]
+    elif config.moe_variant == "softmax_topk":
+        weights = [c / sum(math.exp(s) for s in scores) for c in chosen]
+    elif config.moe_variant == "topk_softmax":
+        weights = [c / sum(chosen) for c in chosen]
+    if config.normalize_routing_weights and not config.router.single_expert:
+        weights = [w / sum(weights) for w in weights]
+    return order, [w * config.routed_scaling_factor for w in weights]
+
+
+def loop_sparse_mixer(scores: list[float], config: LayerConfig) -> tuple[list[int], list[float]]:
+    order: list[int] = []
+    weights: list[float] = []
+    while len(order) < config.top_k:
+        left = [e for e in range(len(scores)) if e not in order]
+        best = max(left, key=lambda e: (scores[e], -e))
+        near = [
+            e
+            for e in left
+            if (scores[best] - scores[e]) / max(abs(scores[e]), scores[best])
+            <= 2 * config.router_jitter
+        ]
+        weights.append(math.exp(scores[best]) / sum(math.exp(scores[e]) for e in near))
+        order.append(best)
+    if config.normalize_routing_weights:
+        weights = [w / sum(weights) for w in weights]
+    return order, [w * config.routed_scaling_factor for w in weights]
 
 
 def loop_layer(
@@ -74,19 +147,10 @@ def loop_layer(
                 sum(hidden[i] * table[i * config.expert_count + e] for i in range(D))
                 for e in range(config.expert_count)
             ]
-        order = sorted(range(len(scores)), key=lambda e: (-scores[e], e))[: config.top_k]
-        every, chosen = ([math.exp(scores[e]) for e in s] for s in (range(len(scores)), order))
-        weights = [1.0] * len(order)
-        if config.moe_variant == "base_layer":
-            weights = [1 / (1 + math.exp(-scores[order[0]]))]
-        elif config.moe_variant == "softmax_topk":
-            total = sum(chosen) if config.normalize_routing_weights else sum(every)
-            weights = [c / total for c in chosen]
-        elif config.moe_variant == "topk_softmax":
-            weights = [c / sum(chosen) for c in chosen]
+        order, weights = loop_route(scores, config)
         token = [0.0] * D
         for e, weight in zip(order, weights, strict=True):
-            expert = loop_expert(config.expert_sublayer_type, row, experts[e])
+            expert = loop_expert(config, row, experts[e])
             token = [a + weight * b for a, b in zip(token, expert, strict=True)]
         if config.moe_variant == "base_layer":
             token = [a + (1 - weights[0]) * b for a, b in zip(token, row, strict=True)]
@@ -98,7 +162,7 @@ def loop_layer(
 @pytest.mark.parametrize("experts", [1, 2, 5])
 @pytest.mark.parametrize("with_logits", [False, True])
 @pytest.mark.parametrize("normalize", [0, 1])
-@pytest.mark.parametrize("sublayer", SUBLAYERS)
+@pytest.mark.parametrize("sublayer", ["T5_FF", "Gated_SiLU", "Identity"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_against_a_loop(
     router: str, sublayer: str, normalize: int, with_logits: bool, experts: int, tokens: int
@@ -106,7 +170,9 @@ def test_against_a_loop(
     if router == "cpm_2" and with_logits:
         with_logits = False  # cpm_2 scores by itself
     rng = np.random.default_rng(experts * 10 + tokens)
-    for top_k in {1} if ROUTERS[router].single_expert else {1, min(2, experts), experts}:
+    for top_k in {1, min(2, experts), experts}:
+        if top_k > (ROUTERS[router].most_experts or experts):
+            continue
         changes: dict[str, Any] = {"moe_variant": router, "expert_sublayer_type": sublayer}
         changes |= {"top_k": top_k, "normalize_routing_weights": normalize}
         logits = rng.standard_normal((tokens, experts)) if with_logits else None
@@ -120,6 +186,63 @@ def test_against_a_loop(
         got = reference.moe_layer(x, layer, weights, logits)
         assert got.dtype == np.float64
         np.testing.assert_allclose(got, loop_layer(x, layer, weights, logits), rtol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize("sublayer", [n for n, s in SUBLAYERS.items() if s.biases])
+def test_sublayers_against_a_loop(sublayer: str, bias: int) -> None:
+    rng = np.random.default_rng(11)
+    more = {"swiglu_limit": 1.5, "activation_alpha": 1.25} if sublayer == "Clamped_SwiGLU" else {}
+    layer = config(
+        4,
+        moe_variant="softmax_topk",
+        top_k=2,
+        expert_sublayer_type=sublayer,
+        expert_bias=bias,
+        **more,
+    )
+    weights = make_experts(sublayer, 4, bias=bool(bias))
+    x, logits = rng.standard_normal((9, D)), rng.standard_normal((9, 4))
+    got = reference.moe_layer(x, layer, weights, logits)
+    np.testing.assert_allclose(got, loop_layer(x, layer, weights, logits), rtol=1e-10)
+
+
+ROUTER_OPTIONS: list[dict[str, Any]] = [
+    {"moe_variant": "sigmoid_topk", "top_k": 3},
+    {"moe_variant": "sigmoid_topk", "top_k": 3, "router_bias": [0.3, -0.3] * 4},
+    {"moe_variant": "sigmoid_topk", "top_k": 2, "n_group": 4, "topk_group": 1},
+    {"moe_variant": "sigmoid_topk", "top_k": 5, "n_group": 4, "topk_group": 3},
+    {"moe_variant": "sigmoid_topk", "top_k": 8, "n_group": 2, "topk_group": 2},
+    {
+        "moe_variant": "sigmoid_topk",
+        "top_k": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "router_bias": [-9.0] * 8,
+        "normalize_routing_weights": 1,
+        "routed_scaling_factor": 2.5,
+    },
+    {"moe_variant": "softmax_topk", "top_k": 2, "routed_scaling_factor": 16.0},
+    {"moe_variant": "sparse_mixer", "top_k": 2, "router_jitter": 0.3},
+    {"moe_variant": "sparse_mixer", "top_k": 1, "router_jitter": 5.0},
+    {"moe_variant": "sparse_mixer", "top_k": 2, "router_jitter": 0.0, "routed_scaling_factor": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", ROUTER_OPTIONS, ids=str)
+def test_routers_against_a_loop(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(12)
+    layer = config(8, expert_sublayer_type="Identity", **options)
+    for scores in (
+        rng.standard_normal((200, 8)) * 2,
+        rng.standard_normal((200, 8)) - 5,  # the best score is negative
+        rng.integers(1, 3, (200, 8)).astype(np.float64),  # most are equal
+    ):
+        experts, weights = reference.route(np.zeros((200, D)), layer, scores)
+        for t, row in enumerate(scores.tolist()):
+            order, expected = loop_route(row, layer)
+            assert experts[t].tolist() == order
+            np.testing.assert_allclose(weights[t], expected, rtol=1e-12)
 
 
 def test_ranks_agree() -> None:
@@ -153,7 +276,7 @@ def test_only_chosen_experts_are_read() -> None:
         reference.moe_layer(np.ones((2, D)), layer, all_to_one, -logits)
 
 
-@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_topk"])
 def test_ties_go_to_the_lower_index(router: str) -> None:
     layer = config(5, moe_variant=router, top_k=3)
     logits = np.array([[1, 1, 1, 1, 1], [0, 2, 1, 2, 1], [-0.0, 0.0, -0.0, 0.0, 3]])
@@ -168,6 +291,8 @@ def test_weights_follow_the_experts() -> None:
         ("softmax_topk", 0, [0.4, 0.3]),
         ("softmax_topk", 1, [4 / 7, 3 / 7]),
         ("topk_softmax", 0, [4 / 7, 3 / 7]),
+        ("sigmoid_topk", 0, [4 / 5, 3 / 4]),
+        ("sigmoid_topk", 1, [16 / 31, 15 / 31]),
     ):
         layer = config(4, moe_variant=router, top_k=2, normalize_routing_weights=normalize)
         experts, weights = reference.route(x, layer, logits)
@@ -175,7 +300,7 @@ def test_weights_follow_the_experts() -> None:
         np.testing.assert_allclose(weights, [expected], rtol=1e-14)
 
 
-@pytest.mark.parametrize("router", ["default", "base_layer", "softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("router", [r for r in ROUTERS if r != "cpm_2"])
 def test_nan_scores_stay_with_their_token(router: str) -> None:
     layer = config(3, moe_variant=router)
     weights = make_experts("Gated_SiLU", 3)
@@ -198,7 +323,23 @@ def test_infinite_scores_do_not_warn() -> None:
         assert experts.tolist() == [[1], [0], [1]]
         np.testing.assert_array_equal(weights, [[1.0], [np.nan], [1.0]])
         _, sigmoid = reference.route(x, config(3, moe_variant="base_layer"), logits)
-    np.testing.assert_array_equal(sigmoid, [[0.5], [1.0], [1.0]])
+        np.testing.assert_array_equal(sigmoid, [[0.5], [1.0], [1.0]])
+        _, mixed = reference.route(x, config(3, moe_variant="sparse_mixer", top_k=2), logits)
+    # The second of the first row is minus infinity, a share of nothing.
+    np.testing.assert_array_equal(mixed, [[1.0, np.nan], [np.nan, 0.5], [1.0, 1.0]])
+
+
+def test_ties_between_groups() -> None:
+    layer = config(6, moe_variant="sigmoid_topk", top_k=2, n_group=3, topk_group=1)
+    scores = np.array([[1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 2.0, 1.0, 1.0, 2.0]])
+    experts, _ = reference.route(np.zeros((2, D)), layer, scores)
+    assert experts.tolist() == [[0, 1], [2, 3]]
+
+
+def test_a_bias_chooses_but_does_not_weigh() -> None:
+    layer = config(3, moe_variant="sigmoid_topk", router_bias=[0.0, 0.0, 9.0])
+    experts, weights = reference.route(np.zeros((1, D)), layer, np.array([[5.0, 1.0, 0.0]]))
+    assert (experts.tolist(), weights.tolist()) == ([[2]], [[0.5]])
 
 
 def test_file_and_mapping_agree(tmp_path: Path) -> None:
@@ -280,59 +421,3 @@ def test_against_torch(router: str, top_k: int, normalize: int, sublayer: str) -
     expected = torch_layer(torch, torch.from_numpy(x), layer, weights, torch.from_numpy(logits))
     got = reference.moe_layer(x, layer, weights, logits)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.needs_torch
-def test_against_mixtral_of_transformers() -> None:
-    """softmax_topk, normalised, with Gated_SiLU, and the router's weight as centroids."""
-    pytest.importorskip("transformers")
-    import torch
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": D, "intermediate_size": H, "num_local_experts": 8}
-    block = MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=2))
-    block = block.double().eval()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 9, D, dtype=torch.float64)
-    with torch.no_grad():
-        expected = block(x)
-    experts: Experts = {}
-    for e in range(8):
-        both = block.experts.gate_up_proj[e].detach().numpy()
-        packed = np.stack([both[:H], both[H:]], axis=1).reshape(2 * H, D)
-        experts[e] = {"gate_up": packed, "down": block.experts.down_proj[e].detach().numpy()}
-    router = block.gate.weight.detach().numpy()
-    layer = config(8, moe_variant="softmax_topk", top_k=2, normalize_routing_weights=1,
-                   expert_centroids=router.T.reshape(-1))  # fmt: skip
-    got = reference.moe_layer(x.numpy(), layer, experts)
-    # Its router computes the softmax in float32.
-    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.needs_torch
-def test_against_t5_of_transformers() -> None:
-    """T5_FF is T5's feed-forward layer with its norm and residual."""
-    pytest.importorskip("transformers")
-    import torch
-    from transformers.models.t5.modeling_t5 import T5Config, T5LayerFF
-
-    torch.manual_seed(0)
-    block = T5LayerFF(T5Config(d_model=D, d_ff=H, feed_forward_proj="gated-gelu", dropout_rate=0))
-    block = block.double().eval()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 9, D, dtype=torch.float64)
-    with torch.no_grad():
-        expected = block(x)
-    parts = {n.split(".")[-2]: p.detach().numpy() for n, p in block.named_parameters()}
-    expert = {
-        "layer_norm": parts["layer_norm"],
-        "gate_up": np.stack([parts["wi_0"], parts["wi_1"]], axis=1).reshape(2 * H, D),
-        "down": parts["wo"],
-    }
-    layer = config(1, expert_sublayer_type="T5_FF", expert_centroids=[0.0] * D)
-    got = reference.moe_layer(x.numpy(), layer, {0: expert})
-    # Its norm computes the variance in float32.
-    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)

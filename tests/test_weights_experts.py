@@ -121,6 +121,50 @@ def test_types_may_differ_between_tensors(tmp_path: Path) -> None:
     assert weights.dtypes == {"layer_norm": "float32", "gate_up": "float16", "down": "float16"}
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("form", ["separate", "stacked"])
+def test_biases(form: str, name: str, tmp_path: Path) -> None:
+    """One-dimensional, and alternating as the rows of their tensor do."""
+    rng = np.random.default_rng(4)
+    shapes = {"gate_weight": (H, D), "up_weight": (H, D), "down_weight": (D, H)}
+    shapes |= {"gate_bias": (H,), "up_bias": (H,), "down_bias": (D,)}
+    arrays = {
+        f"{e}/{part}": rng.standard_normal(shape).astype(np.float32)
+        for e in range(EXPERTS)
+        for part, shape in shapes.items()
+    }
+    expected = {}
+    for tensor, parts in {
+        "gate_up": ("gate_weight", "up_weight"),
+        "down": ("down_weight",),
+        "gate_up_bias": ("gate_bias", "up_bias"),
+        "down_bias": ("down_bias",),
+    }.items():
+        packed = [
+            [row for rows in zip(*(arrays[f"{e}/{p}"] for p in parts), strict=True) for row in rows]
+            for e in range(EXPERTS)
+        ]
+        expected[tensor] = np.array(packed)
+    path = save(tmp_path / name, arrays if form == "separate" else expected)
+    layer = config(path, expert_sublayer_type="Clamped_SwiGLU", expert_bias=1)
+    weights = open_expert_weights(layer)
+    assert (weights.form, weights.d_model) == (form, D)
+    assert weights.nbytes == sum(a.nbytes for a in arrays.values())
+    for e in range(EXPERTS):
+        expert = weights.expert(e)
+        assert list(expert) == list(expected)
+        for tensor, array in expert.items():
+            np.testing.assert_array_equal(array, expected[tensor][e])
+    unbiased = config(path, expert_sublayer_type="Clamped_SwiGLU")
+    with pytest.raises(WeightFileError, match=r"do not belong .*_bias'.*; check .* 'expert_bias'"):
+        open_expert_weights(unbiased)
+    arrays = arrays if form == "separate" else expected
+    arrays.pop("0/up_bias" if form == "separate" else "down_bias")
+    save(path, arrays)
+    with pytest.raises(WeightFileError, match=r"experts of \w+ with biases are missing: '.*_bias"):
+        open_expert_weights(layer)
+
+
 def test_sublayer_without_weights_opens_no_file() -> None:
     identity = config(Path("nowhere.npz"), expert_sublayer_type="Identity", hidden_size=0)
     weights = open_expert_weights(identity, d_model=5)

@@ -59,23 +59,36 @@ def routers() -> str:
 
 
 def sublayers() -> str:
-    """The sub-layers and the tensors that a weight file holds for them."""
+    """The sub-layers."""
     rows = []
     for s in op.SUBLAYERS.values():
-        stacked = []
-        parts = []
-        for t in s.tensors:
-            packed = list(t.part_shape)
+        names = ", ".join(f"`{t.name}`" for t in s.tensors) or "none"
+        if s.biases:
+            names += f"; biases {', '.join(f'`{t.name}`' for t in s.biases)}"
+        rows.append((f"`{s.name}`", s.meaning, names))
+    return table(("sub-layer", "output for input x", "tensors"), rows)
+
+
+def tensors() -> str:
+    """What a weight file holds, for each set of sub-layers that have the same tensors."""
+    users: dict[tuple[op.ExpertTensor, ...], list[str]] = {}
+    for s in op.SUBLAYERS.values():
+        for held in (s.tensors, s.biases):
+            if held:
+                users.setdefault(held, []).append(f"`{s.name}`")
+    rows = []
+    for held, names in users.items():
+        stacked, parts = [], []
+        for t in held:
+            packed: list[str] = list(t.part_shape)
             if len(t.parts) > 1:
-                packed[0] = f"{len(t.parts)} * {packed[0]}"  # type: ignore[call-overload]
+                packed[0] = f"{len(t.parts)} * {packed[0]}"
             stacked.append(f"`{t.name}` (expert_count, {', '.join(packed)})")
             parts += [f"`e/{p}` ({', '.join(t.part_shape)})" for p in t.parts]
-        none = "none"
-        rows.append(
-            (f"`{s.name}`", s.meaning, "<br>".join(stacked) or none, "<br>".join(parts) or none)
-        )
-    header = ("sub-layer", "output for input x", "stacked tensors", "or, for each expert e")
-    return table(header, rows)
+        biases = any(t.name.endswith("_bias") for t in held)
+        who = ", ".join(names) + (", with `expert_bias` 1 also" if biases else "")
+        rows.append((who, "<br>".join(stacked), "<br>".join(parts)))
+    return table(("sub-layers", "stacked", "or, for each expert e"), rows)
 
 
 def sublayer_example() -> str:
@@ -92,6 +105,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "attributes": attributes,
     "routers": routers,
     "sublayers": sublayers,
+    "tensors": tensors,
     "sublayer_example": sublayer_example,
 }
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moe_infer.graph.external import Constant, numpy_dtype
 from moe_infer.graph.match import GraphView, Match, Part
-from moe_infer.op import SUBLAYERS, ExpertTensor
+from moe_infer.op import ExpertTensor
 from moe_infer.weights import SafetensorsWriter
 
 Constants = Mapping[str, Constant]
@@ -31,7 +31,7 @@ def open_constants(view: GraphView, match: Match) -> dict[str, Constant]:
         ValueError: a shape does not fit the match.
     """
     constants = {name: Constant(view.constants[name], view.base_dir) for name in match.constants}
-    for tensor in SUBLAYERS[match.sublayer].tensors:
+    for tensor in match.tensors:
         wanted = tensor.resolve_part_shape(match.d_model, match.hidden_size)
         for name in tensor.parts:
             part = match.parts[name]
@@ -61,7 +61,7 @@ def layer_tensors(
             _dtype(match, t, constants),
             (match.expert_count, *t.shape(match.d_model, match.hidden_size)),
         )
-        for t in SUBLAYERS[match.sublayer].tensors
+        for t in match.tensors
     }
 
 
@@ -85,7 +85,7 @@ def write_experts(
         tensors.update(layer_tensors(match, layer_prefix(i), constants))
     with SafetensorsWriter(Path(path), tensors) as writer:
         for i, (match, constants) in enumerate(layers):
-            for tensor in SUBLAYERS[match.sublayer].tensors:
+            for tensor in match.tensors:
                 pieces = _experts(match, tensor, constants, advance)
                 writer.write(layer_prefix(i) + tensor.name, pieces)
                 for constant in constants.values():

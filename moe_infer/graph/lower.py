@@ -181,7 +181,7 @@ def _lower_layer(layer: LayerNode, data: ExpertData, provider: str) -> list[onnx
 def _experts(
     b: Builder, layer: LayerNode, data: ExpertData, x: str, routing: Routing, provider: str
 ) -> str:
-    if not layer.config.sublayer.tensors:
+    if not layer.config.tensors:
         # Identity: every choice gives x.
         return b.op("Mul", x, b.sum(routing.weights, 1, keep=True))
     if not why_not_fused(layer, provider):

@@ -90,7 +90,7 @@ class ExpertData:
     def expert(self, layer: LayerNode, e: int) -> dict[str, list[Weight]]:
         """The tensors of expert ``e`` by name: one initializer (packed), or one for each part."""
         found: dict[str, list[Weight]] = {}
-        for tensor in layer.config.sublayer.tensors:
+        for tensor in layer.config.tensors:
             whole = layer.weights.stacked(tensor.name)
             if whole is not None:
                 found[tensor.name] = [self._add(layer, f"{tensor.name}/{e}", whole, e)]

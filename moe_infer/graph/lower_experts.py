@@ -9,7 +9,7 @@ and added, so the sum over a token's choices has always the same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -81,7 +81,10 @@ def _expert(
     b = Builder(outer.names, f"{outer.prefix}/expert_{e}")
     start, end = b.op("Gather", starts, index), b.op("Gather", ends, index)
     rows = b.op("Gather", x, b.op("Slice", tokens, start, end), axis=0)
-    weights = {name: _Reader(b, found, start) for name, found in data.expert(layer, e).items()}
+    found = data.expert(layer, e)
+    weights = {
+        name: _Reader(b, pieces, found.get(f"{name}_bias"), start) for name, pieces in found.items()
+    }
     output = _SUBLAYERS[layer.config.expert_sublayer_type](b, rows, weights, layer)
     rows_name = b.names.new(f"{b.prefix}/rows")
     then_branch = b.branch(f"{b.prefix}/run", output, rows_name, layer.d_model)
@@ -99,36 +102,48 @@ def _expert(
 
 
 class _Reader:
-    """One packed tensor of an expert as it lies in the file: whole, or in two parts."""
+    """One packed tensor of an expert as it lies in the file, whole or in parts, and its bias."""
 
-    def __init__(self, b: Builder, pieces: list[Weight], run_time: str) -> None:
+    def __init__(
+        self, b: Builder, pieces: list[Weight], biases: list[Weight] | None, run_time: str
+    ) -> None:
         self._b = b
         self._pieces = pieces
+        self._biases: Sequence[Weight | None] = biases or [None] * len(pieces)
         self._run_time = run_time
 
     def vector(self) -> str:
         """The tensor, which has one dimension, in float32."""
         (piece,) = self._pieces
-        return (
-            piece.name if piece.dtype == "float32" else self._b.cast(piece.name, TensorProto.FLOAT)
-        )
+        return self._vector(piece)
 
     def product(self, x: str) -> str:
-        """X @ tensor^T, for a tensor that is not made of two parts."""
-        (piece,) = self._pieces
-        return self._gemm(x, piece)
+        """X @ tensor^T + bias, for a tensor that is not made of two parts."""
+        (product,) = self._products(x)
+        return product
 
     def products(self, x: str) -> tuple[str, str]:
-        """(x @ first part^T, x @ second part^T); packed, their rows alternate."""
-        if len(self._pieces) == 2:
-            return self._gemm(x, self._pieces[0]), self._gemm(x, self._pieces[1])
-        b, (piece,) = self._b, self._pieces
-        pairs = b.op("Reshape", self._gemm(x, piece), b.ints(-1, piece.shape[0] // 2, 2))
+        """The same of the first and of the second part; packed, their rows alternate."""
+        found = self._products(x)
+        if len(found) == 2:
+            return found[0], found[1]
+        b, (piece,), (product,) = self._b, self._pieces, found
+        pairs = b.op("Reshape", product, b.ints(-1, piece.shape[0] // 2, 2))
         first, second = (b.names.constant(np.array(i, np.int64)) for i in (0, 1))
         return b.op("Gather", pairs, first, axis=2), b.op("Gather", pairs, second, axis=2)
 
-    def _gemm(self, x: str, piece: Weight) -> str:
-        return self._b.op("Gemm", x, self._float32(piece), transB=1)
+    def _products(self, x: str) -> list[str]:
+        products = []
+        # Packed or in parts, the bias is as its tensor is: a file holds all in one form.
+        for piece, bias in zip(self._pieces, self._biases, strict=True):
+            added = [] if bias is None else [self._vector(bias)]
+            products.append(self._b.op("Gemm", x, self._float32(piece), *added, transB=1))
+        return products
+
+    def _vector(self, piece: Weight) -> str:
+        if piece.dtype == "float32":
+            return piece.name
+        return self._b.cast(piece.name, TensorProto.FLOAT)
 
     def _float32(self, piece: Weight) -> str:
         if piece.dtype == "float32":
@@ -142,6 +157,10 @@ class _Reader:
         return b.cast(b.op("Reshape", piece.name, shape), TensorProto.FLOAT)
 
 
+Activation = Callable[[Builder, str], str]
+SubLayerNodes = Callable[[Builder, str, dict[str, _Reader], LayerNode], str]
+
+
 def _t5_ff(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) -> str:
     normed = rms_norm(b, x, weights["layer_norm"].vector(), layer.d_model)
     gate, up = weights["gate_up"].products(normed)
@@ -149,10 +168,54 @@ def _t5_ff(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) ->
     return b.op("Add", x, weights["down"].product(inner))
 
 
-def _gated_silu(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) -> str:
+def _gated(activation: Activation) -> SubLayerNodes:
+    def add(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) -> str:
+        gate, up = weights["gate_up"].products(x)
+        return weights["down"].product(b.op("Mul", activation(b, gate), up))
+
+    return add
+
+
+def _plain(activation: Activation) -> SubLayerNodes:
+    def add(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) -> str:
+        return weights["down"].product(activation(b, weights["up"].product(x)))
+
+    return add
+
+
+def _clamped_swiglu(b: Builder, x: str, weights: dict[str, _Reader], layer: LayerNode) -> str:
+    config = layer.config
     gate, up = weights["gate_up"].products(x)
-    inner = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
-    return weights["down"].product(inner)
+    if config.swiglu_limit > 0:
+        gate = _at_most(b, gate, config.swiglu_limit)
+        up = _at_least(b, _at_most(b, up, config.swiglu_limit), -config.swiglu_limit)
+    sigmoid = b.op("Sigmoid", b.op("Mul", gate, b.scalar(config.activation_alpha)))
+    up = b.op("Add", up, b.scalar(config.activation_beta))
+    return weights["down"].product(b.op("Mul", b.op("Mul", gate, sigmoid), up))
+
+
+# By comparisons, so that NaN stays NaN, which ONNX does not say of Min, Max and Clip.
+
+
+def _at_most(b: Builder, x: str, limit: float) -> str:
+    return b.op("Where", b.op("Greater", x, b.scalar(limit)), b.scalar(limit), x)
+
+
+def _at_least(b: Builder, x: str, limit: float) -> str:
+    return b.op("Where", b.op("Less", x, b.scalar(limit)), b.scalar(limit), x)
+
+
+def _silu(b: Builder, x: str) -> str:
+    return b.op("Mul", x, b.op("Sigmoid", x))
+
+
+def _relu(b: Builder, x: str) -> str:
+    return _at_least(b, x, 0.0)
+
+
+def _gelu(b: Builder, x: str) -> str:
+    erf = b.op("Erf", b.op("Mul", x, b.scalar(math.sqrt(0.5))))
+    return b.op("Mul", b.op("Mul", x, b.scalar(0.5)), b.op("Add", erf, b.scalar(1.0)))
 
 
 def _gelu_tanh(b: Builder, x: str) -> str:
@@ -162,7 +225,15 @@ def _gelu_tanh(b: Builder, x: str) -> str:
     return b.op("Mul", b.op("Mul", x, b.scalar(0.5)), b.op("Add", tanh, b.scalar(1.0)))
 
 
-_SUBLAYERS: dict[str, Callable[[Builder, str, dict[str, _Reader], LayerNode], str]] = {
+_SUBLAYERS: dict[str, SubLayerNodes] = {
     "T5_FF": _t5_ff,
-    "Gated_SiLU": _gated_silu,
+    "Gated_SiLU": _gated(_silu),
+    "Gated_GELU": _gated(_gelu),
+    "Gated_GELU_Tanh": _gated(_gelu_tanh),
+    "Gated_ReLU": _gated(_relu),
+    "Clamped_SwiGLU": _clamped_swiglu,
+    "SiLU_FF": _plain(_silu),
+    "ReLU_FF": _plain(_relu),
+    "GELU_FF": _plain(_gelu),
+    "GELU_Tanh_FF": _plain(_gelu_tanh),
 }

@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 
 from moe_infer.graph.external import is_external
 from moe_infer.graph.shapes import ValueTypes
+from moe_infer.op import SUBLAYERS, ExpertTensor
 
 SMALL_CONSTANT = 4096
 """Most elements of a constant whose values a pattern may look at."""
@@ -51,9 +52,21 @@ class Match:
     top_k: int
     normalize: bool
     parts: dict[str, Part] = field(hash=False)
-    """Keyed by the part's name in :data:`moe_infer.op.SUBLAYERS`."""
+    """Keyed by the part's name in :data:`moe_infer.op.SUBLAYERS`; of all biases or of none."""
     anchor: str
     """The node with which the search began, for reports."""
+
+    @property
+    def expert_bias(self) -> bool:
+        """Whether the experts have biases: it shows in the parts."""
+        biases = SUBLAYERS[self.sublayer].biases
+        return any(part in self.parts for tensor in biases for part in tensor.parts)
+
+    @property
+    def tensors(self) -> tuple[ExpertTensor, ...]:
+        """The tensors of an expert, as ``LayerConfig.tensors`` has them."""
+        sublayer = SUBLAYERS[self.sublayer]
+        return sublayer.tensors + (sublayer.biases if self.expert_bias else ())
 
     @property
     def constants(self) -> tuple[str, ...]:

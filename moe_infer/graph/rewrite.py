@@ -187,6 +187,7 @@ def _config(
             "top_k": match.top_k,
             "moe_variant": match.router,
             "normalize_routing_weights": int(match.normalize),
+            "expert_bias": int(match.expert_bias),
         }
     )
 

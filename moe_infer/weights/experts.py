@@ -47,7 +47,7 @@ class ExpertWeights:
     @property
     def dtypes(self) -> dict[str, str]:
         """Type of each of the sub-layer's tensors, by its name; the same for all experts."""
-        return {t.name: self._infos(t, 0)[0].dtype for t in self.config.sublayer.tensors}
+        return {t.name: self._infos(t, 0)[0].dtype for t in self.config.tensors}
 
     @property
     def dtype(self) -> str:
@@ -115,7 +115,7 @@ class ExpertWeights:
 
     @property
     def _tensors(self) -> tuple[ExpertTensor, ...]:
-        return self.config.sublayer.tensors
+        return self.config.tensors
 
     def _names(self, tensor: ExpertTensor, e: int) -> list[str]:
         prefix = self.config.expert_weight_prefix
@@ -168,7 +168,7 @@ def open_expert_weights(
         WeightFileError: it is damaged, its digest is not the attribute's, an expert or tensor is
             missing or surplus, or a shape or type does not fit.
     """
-    if not config.sublayer.tensors:
+    if not config.tensors:
         return ExpertWeights(config, None, d_model or _d_model_of(config), "stacked")
     file = open_weight_file(resolve_weight_path(config.expert_weight_file, base_dir))
     if config.expert_weight_digest and config.expert_weight_digest != file.digest:
@@ -193,31 +193,34 @@ def _check_names(config: LayerConfig, file: WeightFile) -> Literal["stacked", "s
     """Checks that each expected name is there and no other under the prefix."""
     prefix = config.expert_weight_prefix
     under = {n[len(prefix) :] for n in file.tensors if n.startswith(prefix)}
-    stacked = {t.name for t in config.sublayer.tensors}
+    stacked = {t.name for t in config.tensors}
     if under & stacked:
         form: Literal["stacked", "separate"] = "stacked"
         expected = sorted(stacked)
     else:
         form = "separate"
-        parts = [p for t in config.sublayer.tensors for p in t.parts]
+        parts = [p for t in config.tensors for p in t.parts]
         expected = [f"{e}/{p}" for e in range(config.expert_count) for p in parts]
     missing = [name for name in expected if name not in under]
     layer = f"{config.expert_count} experts of {config.expert_sublayer_type}"
+    layer += " with biases" if config.expert_bias else ""
     if missing:
         names = listed([shown(prefix + name) for name in missing])
         held = listed([shown(name) for name in sorted(file.tensors)]) or "nothing"
         raise WeightFileError(
             f"{file.path}: {len(missing)} of {len(expected)} tensors for {layer} are missing:"
             f" {names}; the file holds {held}; check attributes 'expert_count',"
-            " 'expert_sublayer_type' and 'expert_weight_prefix', or write the file again"
+            " 'expert_sublayer_type', 'expert_bias' and 'expert_weight_prefix', or write the file"
+            " again"
         )
     surplus = sorted(under - set(expected), key=_expert_order)
     if surplus:
         names = listed([shown(prefix + name) for name in surplus])
         raise WeightFileError(
             f"{file.path}: {len(surplus)} tensors under prefix '{prefix}' do not belong to"
-            f" {layer}: {names}; check attributes 'expert_count', 'expert_sublayer_type' and"
-            " 'expert_weight_prefix' (a file with more than one layer needs a prefix for each)"
+            f" {layer}: {names}; check attributes 'expert_count', 'expert_sublayer_type',"
+            " 'expert_bias' and 'expert_weight_prefix' (a file with more than one layer needs a"
+            " prefix for each)"
         )
     return form
 
@@ -230,7 +233,7 @@ def _expert_order(name: str) -> tuple[int, str]:
 def _infer_d_model(
     config: LayerConfig, file: WeightFile, form: Literal["stacked", "separate"]
 ) -> int:
-    tensor = next(t for t in config.sublayer.tensors if "d_model" in t.part_shape)
+    tensor = next(t for t in config.tensors if "d_model" in t.part_shape)
     axis = tensor.part_shape.index("d_model")
     key = tensor.name if form == "stacked" else f"0/{tensor.parts[0]}"
     shape = file.tensors[config.expert_weight_prefix + key].shape
@@ -246,7 +249,7 @@ def _check_tensors(weights: ExpertWeights) -> None:
     config, file = weights.config, weights.file
     assert file is not None
     stacked = weights.form == "stacked"
-    for tensor in config.sublayer.tensors:
+    for tensor in config.tensors:
         packed = tensor.shape(weights.d_model, config.hidden_size)
         part = tensor.resolve_part_shape(weights.d_model, config.hidden_size)
         expected = (config.expert_count, *packed) if stacked else part
