@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/cuda_check.h"
+#include "core/device_limits.h"
 #include "core/resident_experts.h"
 #include "core/slices.h"
 
@@ -119,7 +120,7 @@ void MoELayer::run(void const* hidden_states, void const* router_logits, void* o
       run_resident(tokens * config.top_k, slices, stream);
     }
     combine(slices.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
-            slices.routing, output, stream);
+            slices.routing, output, !plan_.streams() && is_hopper(), stream);
   }
   ++runs_;
   tokens_ += tokens;
@@ -181,6 +182,8 @@ SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, cudaStream
   call.output = workspace.expert_output;
   call.rows = rows;
   call.expert_count = plan_.config().expert_count;
+  call.counters = workspace.routing.counters;
+  call.overlap = !plan_.streams() && is_hopper();
   call.workspace = workspace.sub_layer;
   call.stream = stream;
   return call;

@@ -6,6 +6,7 @@
 #include "core/element.cuh"
 #include "core/slices.h"
 #include "gemm/grouped_gemm.h"
+#include "gemm/hopper.h"
 #include "gemm/instances.h"
 
 namespace moe_infer {
@@ -98,6 +99,7 @@ void grouped_gemm(GroupedGemm const& gemm) {
   if (gemm.rows == 0 || gemm.groups.count == 0) return;
   check_sizes(gemm);
   if (gemm.dtype != DataType::kFloat32 && !is_vectorizable(gemm)) return run_unaligned(gemm);
+  if (hopper::can_run(gemm)) return hopper::run(gemm);
   GroupArrays arrays;
   GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
   fill_group_arrays(gemm, arrays);

@@ -3,6 +3,8 @@
 
 #include "core/cuda_check.h"
 #include "core/element.cuh"
+#include "core/grid_dependency.cuh"
+#include "core/launch.h"
 #include "route/route.h"
 
 namespace moe_infer {
@@ -14,6 +16,8 @@ __global__ void combine_kernel(T const* __restrict__ expert_output, T const* __r
                                int32_t const* __restrict__ row_of_choice, float const* __restrict__ weight_of_choice,
                                int64_t d_model, int32_t top_k, T* __restrict__ output) {
   using Unit = Pack<T, kCount>;
+  wait_for_previous_kernel();
+  start_next_kernel();
   int64_t const token = blockIdx.x;
   int32_t const* const rows = row_of_choice + token * top_k;
   float const* const weights = weight_of_choice + token * top_k;
@@ -42,7 +46,8 @@ __global__ void combine_kernel(T const* __restrict__ expert_output, T const* __r
 }  // namespace
 
 void combine(void const* expert_output, void const* hidden_states, DataType dtype, Router router, int64_t tokens,
-             int64_t d_model, int32_t top_k, Routing const& routing, void* output, cudaStream_t stream) {
+             int64_t d_model, int32_t top_k, Routing const& routing, void* output, bool overlap,
+             cudaStream_t stream) {
   if (tokens == 0) return;
   bool const keep = router == Router::kBaseLayer;
   with_element(dtype, [&](auto tag) {
@@ -54,11 +59,14 @@ void combine(void const* expert_output, void const* hidden_states, DataType dtyp
                               : (keep ? &combine_kernel<T, 1, true> : &combine_kernel<T, 1, false>);
     int64_t const units = wide ? d_model / kWide : d_model;
     auto const threads = static_cast<unsigned>(std::min<int64_t>(256, (units + 31) / 32 * 32));
-    kernel<<<static_cast<unsigned>(tokens), threads, 0, stream>>>(
-        static_cast<T const*>(expert_output), static_cast<T const*>(hidden_states), routing.row_of_choice,
-        routing.weight_of_choice, d_model, top_k, static_cast<T*>(output));
+    LaunchShape shape;
+    shape.blocks = static_cast<unsigned>(tokens);
+    shape.threads = threads;
+    shape.overlap = overlap;
+    shape.stream = stream;
+    launch(kernel, shape, static_cast<T const*>(expert_output), static_cast<T const*>(hidden_states),
+           routing.row_of_choice, routing.weight_of_choice, d_model, top_k, static_cast<T*>(output));
   });
-  MOE_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace moe_infer

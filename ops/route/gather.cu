@@ -3,6 +3,7 @@
 
 #include "core/cuda_check.h"
 #include "core/element.cuh"
+#include "core/grid_dependency.cuh"
 #include "route/route.h"
 
 namespace moe_infer {
@@ -12,6 +13,8 @@ namespace {
 template <class Unit>
 __global__ void gather_kernel(Unit const* __restrict__ hidden_states, int32_t const* __restrict__ choice_of_row,
                               int64_t columns, int32_t top_k, Unit* __restrict__ grouped) {
+  wait_for_previous_kernel();
+  start_next_kernel();
   int64_t const row = blockIdx.x;
   int64_t const token = choice_of_row[row] / top_k;
   for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {

@@ -5,6 +5,7 @@
 #include "core/cuda_check.h"
 #include "route/group_scratch.h"
 #include "route/route.h"
+#include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 namespace {
@@ -26,9 +27,10 @@ void sort(void* scratch, size_t* scratch_bytes, int64_t rows, int32_t experts, u
 
 size_t keys_bytes(int64_t rows) { return (static_cast<size_t>(rows) * sizeof(uint32_t) + 255) / 256 * 256; }
 
-__global__ void __launch_bounds__(kThreads) number_kernel(int32_t rows, int32_t* numbers) {
+__global__ void __launch_bounds__(kThreads) number_kernel(int32_t rows, int32_t* numbers, int32_t* counters) {
   int64_t const i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < rows) numbers[i] = static_cast<int32_t>(i);
+  if (i < kCountersOfCall) counters[i] = 0;
 }
 
 // First row whose expert is at least `expert`.
@@ -77,7 +79,7 @@ void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing con
   int32_t* const numbers = routing.row_of_choice;  // until the inverse map takes its place
 
   number_kernel<<<static_cast<unsigned>((rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      static_cast<int32_t>(rows), numbers);
+      static_cast<int32_t>(rows), numbers, routing.counters);
   MOE_CUDA_CHECK(cudaGetLastError());
   sort(scratch, &scratch_bytes, rows, experts, reinterpret_cast<uint32_t const*>(routing.expert_of_choice), sorted_keys,
        numbers, routing.choice_of_row, stream);

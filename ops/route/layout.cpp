@@ -2,6 +2,7 @@
 #include "core/slices.h"
 #include "route/group_scratch.h"
 #include "route/route.h"
+#include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 
@@ -18,6 +19,7 @@ size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_
   r.row_of_choice = slices.take<int32_t>(rows);
   r.row_begin = slices.take<int32_t>(columns + 1);
   r.counts = slices.take<int32_t>(columns);
+  r.counters = slices.take<int32_t>(kCountersOfCall);
   r.sort_scratch_bytes = group_scratch_bytes(static_cast<int64_t>(rows), experts);
   r.sort_scratch = slices.take<uint8_t>(r.sort_scratch_bytes);
   if (routing != nullptr) *routing = r;

@@ -23,6 +23,7 @@ struct Routing {
   int32_t* row_of_choice = nullptr;
   int32_t* row_begin = nullptr;  // (experts + 1): expert e has rows row_begin[e] .. row_begin[e + 1]
   int32_t* counts = nullptr;     // (experts)
+  int32_t* counters = nullptr;   // kCountersOfCall zeros for the sub-layer
   void* sort_scratch = nullptr;  // CUB
   size_t sort_scratch_bytes = 0;
 
@@ -50,6 +51,6 @@ void gather_rows(void const* hidden_states, DataType dtype, int64_t tokens, int6
 // output[t] = sum over k of weight * expert_output[row_of_choice[t * top_k + k]] (float32 sum in the order of k);
 // base_layer adds (1 - weight) * hidden_states[t].
 void combine(void const* expert_output, void const* hidden_states, DataType dtype, Router router, int64_t tokens,
-             int64_t d_model, int32_t top_k, Routing const& routing, void* output, cudaStream_t stream);
+             int64_t d_model, int32_t top_k, Routing const& routing, void* output, bool overlap, cudaStream_t stream);
 
 }  // namespace moe_infer

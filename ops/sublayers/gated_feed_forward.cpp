@@ -42,6 +42,8 @@ void GatedFeedForward::run(SubLayerCall const& call, void const* input, void con
   gemm.groups = call.groups;
   gemm.rows = call.rows;
   gemm.expert_count = call.expert_count;
+  gemm.counters = call.counters;
+  gemm.overlap = call.overlap;
   gemm.stream = call.stream;
   gemm.workspace = workspace + inner_bytes(shape, call.rows);
 
@@ -55,6 +57,7 @@ void GatedFeedForward::run(SubLayerCall const& call, void const* input, void con
   grouped_gemm(gemm);
   if (!fused) gate_rows_in_place(call, shape.hidden_size, activation, reinterpret_cast<float*>(workspace));
 
+  if (call.counters != nullptr) gemm.counters = call.counters + 2;
   gemm.n = shape.d_model;
   gemm.k = shape.hidden_size;
   gemm.weight_offset = down_offset;

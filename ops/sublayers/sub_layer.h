@@ -49,6 +49,8 @@ struct ExpertGroups {
   uint64_t slot_bytes = 0;
 };
 
+constexpr int32_t kCountersOfCall = 4;
+
 struct SubLayerCall {
   ExpertGroups groups;
   void const* input = nullptr;  // (rows, d_model), grouped by expert
@@ -57,6 +59,8 @@ struct SubLayerCall {
                                 // depend on this and on expert_count alone, so that resident and streaming agree in
                                 // every bit
   int32_t expert_count = 0;
+  int32_t* counters = nullptr;  // kCountersOfCall, zero before and after; the products of a call take two each
+  bool overlap = false;         // kernels may start while the previous one runs: no stream but this one is involved
   void* workspace = nullptr;
   cudaStream_t stream = nullptr;
 };

@@ -1,0 +1,24 @@
+// Programmatic dependent launch: a kernel starts while the one before it in the stream still runs, prepares itself, and
+// waits before it touches what that one reads or writes. Without the launch attribute (core/launch.h), and before
+// Hopper, both functions do nothing.
+//
+// The rule here: every kernel that is launched so calls wait_for_previous_kernel before start_next_kernel. Then what
+// the kernel before the previous one wrote may be read without waiting.
+#pragma once
+
+namespace moe_infer {
+
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may start where there is room; it happens when every block of this one has called it.
+__device__ inline void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace moe_infer

@@ -1,0 +1,165 @@
+// How the blocks of the Hopper kernel share out a grouped product: in units of one tile of rows times one block of
+// channels, claimed in order from a counter. Claimed and not dealt out, because tiles at the end of an expert are
+// smaller, and only so do fast and slow units balance.
+#pragma once
+
+#include <cstdint>
+
+#include "core/layer_config.h"
+#include "gemm/hopper_primitives.cuh"
+#include "sublayers/sub_layer.h"
+
+namespace moe_infer::hopper {
+
+struct alignas(16) Unit {
+  int32_t row;    // first row of input and output
+  int32_t rows;   // of the tile that exist; 0: there are no more units
+  int32_t block;  // of channels
+  int32_t slot;   // of the expert
+};
+
+constexpr int kQueueDepth = 4;
+
+// Units on their way from the scheduler to those who work on them, in the shared memory of each block of the cluster.
+struct UnitQueue {
+  Unit units[kQueueDepth];
+  uint64_t full[kQueueDepth];
+  uint64_t empty[kQueueDepth];  // counted in the first block only
+
+  __device__ void init(uint32_t readers) {
+    for (int i = 0; i < kQueueDepth; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], readers);
+    }
+  }
+};
+
+// A reader's or the writer's place in the queue.
+struct QueuePlace {
+  uint32_t slot = 0;
+  uint32_t phase = 0;
+  __device__ void next() {
+    if (++slot == kQueueDepth) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Waits for the next unit.
+template <int kCluster>
+__device__ inline Unit read_unit(UnitQueue* queue, QueuePlace const& place) {
+  if constexpr (kCluster == 1) {
+    barrier_wait(&queue->full[place.slot], place.phase);
+  } else {
+    barrier_wait_cluster(&queue->full[place.slot], place.phase);
+  }
+  return queue->units[place.slot];
+}
+
+// A warp takes the next unit.
+template <int kCluster>
+__device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
+  Unit const unit = read_unit<kCluster>(queue, *place);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive_at(&queue->empty[place->slot], 0);
+  place->next();
+  return unit;
+}
+
+// A single thread does.
+template <int kCluster>
+__device__ inline Unit take_unit_alone(UnitQueue* queue, QueuePlace* place) {
+  Unit const unit = read_unit<kCluster>(queue, *place);
+  barrier_arrive_at(&queue->empty[place->slot], 0);
+  place->next();
+  return unit;
+}
+
+// Within an expert: up to kTilesTogether tiles of rows, all channels of them with the tile changing fastest, then the
+// next tiles. What is in use at a time stays in the L2 cache: these tiles of the input, and each weight for them all.
+constexpr int32_t kTilesTogether = 16;
+
+struct UnitsOfGroups {
+  ExpertGroups groups;
+  int32_t tile_rows;
+  int32_t blocks;  // of channels
+  int32_t const* end;  // (groups.count), shared memory: units of groups 0 .. g
+
+  __device__ Unit at(int32_t index) const {
+    int32_t low = 0;
+    int32_t high = groups.count;
+    while (low < high) {
+      int32_t const middle = (low + high) / 2;
+      if (end[middle] <= index) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    if (low == groups.count) return {0, 0, 0, 0};
+    int32_t const local = index - (low == 0 ? 0 : end[low - 1]);
+    int32_t const begin = groups.row_begin[low];
+    int32_t const rows = groups.row_end[low] - begin;
+    int32_t const tiles = (rows + tile_rows - 1) / tile_rows;
+    int32_t const first_tile = local / (kTilesTogether * blocks) * kTilesTogether;
+    int32_t const together = min(kTilesTogether, tiles - first_tile);
+    int32_t const rest = local - first_tile * blocks;
+    int32_t const tile = first_tile + rest % together;
+    return {begin + tile * tile_rows, min(tile_rows, rows - tile * tile_rows), rest / together,
+            groups.slot_of_group[low]};
+  }
+};
+
+// One warp: sums up the units of the groups.
+__device__ inline void count_units(ExpertGroups const& groups, int32_t tile_rows, int32_t blocks, int32_t* end) {
+  int32_t const lane = static_cast<int32_t>(threadIdx.x) % 32;
+  int32_t before = 0;
+  for (int32_t first = 0; first < groups.count; first += 32) {
+    int32_t const g = first + lane;
+    int32_t units = 0;
+    if (g < groups.count) units = (groups.row_end[g] - groups.row_begin[g] + tile_rows - 1) / tile_rows * blocks;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      int32_t const other = __shfl_up_sync(0xffffffffU, units, offset);
+      if (lane >= offset) units += other;
+    }
+    if (g < groups.count) end[g] = before + units;
+    before += __shfl_sync(0xffffffffU, units, 31);
+  }
+  __syncwarp();
+}
+
+// The warp that claims units for its cluster until there are none. `counters`: two, zero before the launch and again
+// after it, however many launches share them one after the other.
+template <int kCluster>
+__device__ void schedule_units(UnitQueue* queue, UnitsOfGroups const& units, int32_t* counters, int32_t clusters) {
+  if (threadIdx.x % 32 != 0) return;
+  QueuePlace place;
+  for (;;) {
+    Unit const unit = units.at(atomicAdd(&counters[0], 1));
+    barrier_wait(&queue->empty[place.slot], place.phase ^ 1);
+#pragma unroll
+    for (uint32_t rank = 0; rank < kCluster; ++rank) {
+      uint32_t const to = cluster_address(shared_address(&queue->units[place.slot]), rank);
+      asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(unit.row), "r"(unit.rows),
+                   "r"(unit.block), "r"(unit.slot)
+                   : "memory");
+      if constexpr (kCluster == 1) {
+        barrier_arrive(&queue->full[place.slot]);
+      } else {
+        barrier_publish_at(&queue->full[place.slot], rank);
+      }
+    }
+    place.next();
+    if (unit.rows == 0) break;
+  }
+  // Every cluster claims exactly one unit too many; when the last has done so, nobody counts any more.
+  __threadfence();
+  if (atomicAdd(&counters[1], 1) == clusters - 1) {
+    counters[0] = 0;
+    counters[1] = 0;
+  }
+}
+
+}  // namespace moe_infer::hopper
