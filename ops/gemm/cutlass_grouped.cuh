@@ -78,10 +78,10 @@ struct TensorCoreGemm {
   using Gated = Kernel<GatedCombination<Element, 8>>;
 
   static void run(GroupedGemm const& gemm, GroupArrays const& arrays) {
-    if (gemm.activation == Activation::kNone) {
-      launch_grouped<Plain>(gemm, arrays, {1.0F, gemm.source == nullptr ? 0.0F : 1.0F});
-    } else {
+    if (gemm.activation.gated) {
       launch_grouped<Gated>(gemm, arrays, {gemm.activation});
+    } else {
+      launch_grouped<Plain>(gemm, arrays, {1.0F, gemm.source == nullptr ? 0.0F : 1.0F});
     }
   }
 };

@@ -36,7 +36,7 @@ class GatedCombination {
   using FragmentCompute = FragmentAccumulator;
 
   struct Params {
-    Activation activation = Activation::kSilu;
+    Activation activation = Activation::gate(ActivationKind::kSilu);
   };
 
   __device__ explicit GatedCombination(Params const& params) : activation_(params.activation) {}
@@ -48,7 +48,7 @@ class GatedCombination {
     cutlass::Array<Element, kCount / 2> gated;
     cutlass::NumericConverter<Element, float> round;
 #pragma unroll
-    for (int j = 0; j < kCount / 2; ++j) gated[j] = round(apply(activation_, product[2 * j]) * product[2 * j + 1]);
+    for (int j = 0; j < kCount / 2; ++j) gated[j] = round(apply_gated(activation_, product[2 * j], product[2 * j + 1]));
     FragmentOutput output;
     memcpy(&output, &gated, sizeof(output));
     return output;

@@ -84,8 +84,9 @@ size_t grouped_gemm_workspace(int32_t groups) { return GroupArrays::layout(group
 
 void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
   auto const element = static_cast<int64_t>(size_of(gemm.dtype));
-  int64_t const columns = gemm.activation == Activation::kNone ? gemm.n : gemm.n / 2;
-  // With an activation the kernel stores n units of half an element a row (see gated_epilogue.cuh): a stride of n too.
+  int64_t const columns = gemm.activation.gated ? gemm.n / 2 : gemm.n;
+  // With a gated activation the kernel stores n units of half an element a row (see gated_epilogue.cuh): a stride of n
+  // too.
   auto const blocks = static_cast<unsigned>((gemm.groups.count + kThreads - 1) / kThreads);
   fill_kernel<<<blocks, kThreads, 0, gemm.stream>>>(
       gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,

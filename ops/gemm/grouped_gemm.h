@@ -31,10 +31,11 @@ struct GroupedGemm {
   int64_t input_stride = 0;      // elements from a row to the next, at least k
   void const* source = nullptr;  // (rows, n), added before rounding; nullptr: none. Not together with an activation
   void* output = nullptr;        // (rows, n); with an activation (rows, n / 2)
-  Activation activation = Activation::kNone;
+  Activation activation;
   int32_t* counters = nullptr;  // two, zero before and after (device); nullptr: without the kernels that need them
   bool overlap = false;         // start while the previous kernel still runs (core/launch.h)
   void* workspace = nullptr;    // grouped_gemm_workspace(groups.count) bytes, 256-byte aligned. Calls on one stream may
+                                // share it; each call writes it before it reads it
                               // share it; each call writes it before it reads it
   cudaStream_t stream = nullptr;
 };

@@ -60,7 +60,7 @@ CUtensorMap weights_map(GroupedGemm const& gemm) {
   cuuint64_t const row = k * size_of(gemm.dtype);
   void const* const base = gemm.groups.slots + gemm.weight_offset;
   constexpr cuuint32_t kEights = kWeightRows / 8;
-  if (gemm.activation != Activation::kNone) {
+  if (gemm.activation.gated) {
     return make_map<5>(gemm.dtype, base, {k, 8, 2, n / 16, kMaxExperts}, {2 * row, row, 16 * row, gemm.groups.slot_bytes},
                        {kDepth, 8, 2, kEights / 2, 1});
   }
@@ -89,12 +89,10 @@ int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1
 }  // namespace
 
 bool can_run(GroupedGemm const& gemm) {
-  bool const gated = gemm.activation != Activation::kNone;
-  return gemm.dtype != DataType::kFloat32 && (!gated || gemm.n % 16 == 0) && gemm.counters != nullptr && is_hopper();
+  return gemm.dtype != DataType::kFloat32 && (!gemm.activation.gated || gemm.n % 16 == 0) && gemm.counters != nullptr && is_hopper();
 }
 
 void run(GroupedGemm const& gemm) {
-  bool const gated = gemm.activation != Activation::kNone;
   Launch launch;
   launch.tile_rows = tile_rows_for(gemm);
   launch.weights = weights_map(gemm);
@@ -109,15 +107,15 @@ void run(GroupedGemm const& gemm) {
   product.groups = gemm.groups;
   product.blocks = divide_up(gemm.n, kWeightRows * cluster_of(launch.tile_rows));
   product.k_steps = divide_up(gemm.k, kDepth);
-  product.channels = static_cast<int32_t>(gated ? gemm.n / 2 : gemm.n);
+  product.channels = static_cast<int32_t>(gemm.activation.gated ? gemm.n / 2 : gemm.n);
   product.output = gemm.output;
   product.source = gemm.source;
   product.activation = gemm.activation;
   product.counters = gemm.counters;
   if (gemm.dtype == DataType::kBFloat16) {
-    gated ? launch_bfloat16_gated(launch, product) : launch_bfloat16(launch, product);
+    gemm.activation.gated ? launch_bfloat16_gated(launch, product) : launch_bfloat16(launch, product);
   } else {
-    gated ? launch_float16_gated(launch, product) : launch_float16(launch, product);
+    gemm.activation.gated ? launch_float16_gated(launch, product) : launch_float16(launch, product);
   }
 }
 

@@ -40,7 +40,7 @@ struct Product {
   void const* source = nullptr;  // (rows, channels), added; nullptr: none
   uint64_t bias_offset = 0;      // in a slot
   bool has_bias = false;
-  Activation activation = Activation::kNone;
+  Activation activation;
   int32_t* counters = nullptr;
 };
 
@@ -153,12 +153,6 @@ class Producer {
   uint32_t rank_;
   StagePlace<TileT::kStages> place_;
 };
-
-// The result is rounded to 16 bits right after, so the fast exponential will do.
-__device__ inline float apply_fast(Activation activation, float x) {
-  if (activation == Activation::kSilu) return __fdividef(x, 1.0F + __expf(-x));
-  return apply(activation, x);
-}
 
 template <class T>
 __device__ inline uint32_t pack_pair(float low, float high) {
@@ -316,13 +310,13 @@ class Multiplier {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           sums[4 * j + i] =
-              apply_fast(activation, sums[4 * j + i] + gate_bias) * (sums[4 * j + 2 + i] + up_bias);
+              apply_gated<true>(activation, sums[4 * j + i] + gate_bias, sums[4 * j + 2 + i] + up_bias);
         }
       }
     } else {
       auto const* const source = static_cast<T const*>(product_->source);
       int32_t const channel = first_channel + warp_ * 16 + lane_ / 4;
-      bool const plain = bias == nullptr && source == nullptr && activation == Activation::kNone;
+      bool const plain = bias == nullptr && source == nullptr && activation.is_none();
       if (plain) return;
       float const low = bias != nullptr && channel < product_->channels ? to_float(bias[channel]) : 0.0F;
       float const high = bias != nullptr && channel + 8 < product_->channels ? to_float(bias[channel + 8]) : 0.0F;
@@ -331,7 +325,7 @@ class Multiplier {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float value = sums[4 * j + i] + (i < 2 ? low : high);
-          if (activation != Activation::kNone) value = apply_fast(activation, value);
+          value = apply_plain<true>(activation, value);
           int32_t const row = 8 * j + 2 * (lane_ % 4) + i % 2;
           int32_t const at = channel + (i < 2 ? 0 : 8);
           if (source != nullptr && row < unit.rows && at < product_->channels) {

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kSide; ++i) {
       if (down + i >= rows) continue;
       int64_t const at = row + down + i;
-      if (activation == Activation::kNone) {
+      if (!activation.gated) {
 #pragma unroll
         for (int j = 0; j < kSide; ++j) {
           int64_t const c = column + across + j;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kSide; j += 2) {
           int64_t const c = column + across + j;
           if (c >= n) continue;
-          output[at * (n / 2) + c / 2] = from_float<T>(apply(activation, sums[i][j]) * sums[i][j + 1]);
+          output[at * (n / 2) + c / 2] = from_float<T>(apply_gated(activation, sums[i][j], sums[i][j + 1]));
         }
       }
     }

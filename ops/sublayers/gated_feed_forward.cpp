@@ -53,7 +53,7 @@ void GatedFeedForward::run(SubLayerCall const& call, void const* input, void con
   gemm.input = input;
   gemm.input_stride = shape.d_model;
   gemm.output = workspace;
-  gemm.activation = fused ? activation : Activation::kNone;
+  gemm.activation = fused ? activation : Activation::none();
   grouped_gemm(gemm);
   if (!fused) gate_rows_in_place(call, shape.hidden_size, activation, reinterpret_cast<float*>(workspace));
 
@@ -65,7 +65,7 @@ void GatedFeedForward::run(SubLayerCall const& call, void const* input, void con
   gemm.input_stride = inner_columns(shape);
   gemm.source = residual;
   gemm.output = call.output;
-  gemm.activation = Activation::kNone;
+  gemm.activation = Activation::none();
   grouped_gemm(gemm);
 }
 

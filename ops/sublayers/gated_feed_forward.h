@@ -13,7 +13,7 @@ struct GatedFeedForward {
   SubLayerShape shape;
   uint64_t gate_up_offset = 0;  // in a slot
   uint64_t down_offset = 0;
-  Activation activation = Activation::kSilu;
+  Activation activation = Activation::gate(ActivationKind::kSilu);
 
   // Throws Error(MOE_INFER_INVALID) when the sizes are beyond what the kernels count in 32 bits.
   static void check(SubLayerShape const& shape);

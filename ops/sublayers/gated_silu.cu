@@ -10,7 +10,7 @@ class GatedSilu final : public MoESubLayer {
   explicit GatedSilu(SubLayerShape const& shape) : MoESubLayer(shape) {
     GatedFeedForward::check(shape);
     layout_ = SlotLayout(GatedSilu::tensors(), shape.dtype);
-    feed_forward_ = {shape, layout_.offsets[0], layout_.offsets[1], Activation::kSilu};
+    feed_forward_ = {shape, layout_.offsets[0], layout_.offsets[1], Activation::gate(ActivationKind::kSilu)};
   }
 
   std::vector<ExpertTensor> tensors() const override {

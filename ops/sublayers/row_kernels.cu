@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
       float gated = 0.0F;
       if (j < hidden_size) {
         float2 const pair = *reinterpret_cast<float2 const*>(x + 2 * j);
-        gated = apply(activation, pair.x) * pair.y;
+        gated = apply_gated(activation, pair.x, pair.y);
       }
       __syncthreads();
       if (j < hidden_size) x[j] = gated;

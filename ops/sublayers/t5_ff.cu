@@ -12,7 +12,7 @@ class T5FeedForward final : public MoESubLayer {
   explicit T5FeedForward(SubLayerShape const& shape) : MoESubLayer(shape) {
     GatedFeedForward::check(shape);
     layout_ = SlotLayout(T5FeedForward::tensors(), shape.dtype);
-    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::kGeluTanh};
+    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::gate(ActivationKind::kGeluTanh)};
   }
 
   std::vector<ExpertTensor> tensors() const override {
