@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infer.graph.external import Constant, numpy_dtype
+from moe_infer.graph.external import Constant, ConstantStack, numpy_dtype
 from moe_infer.graph.match import GraphView, Match, Part
 from moe_infer.op import ExpertTensor
 from moe_infer.weights import SafetensorsWriter
 
-Constants = Mapping[str, Constant]
+Source = Constant | ConstantStack
+Constants = Mapping[str, Source]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -23,14 +24,15 @@ def layer_prefix(index: int) -> str:
     return f"layers.{index}."
 
 
-def open_constants(view: GraphView, match: Match) -> dict[str, Constant]:
+def open_constants(view: GraphView, match: Match) -> dict[str, Source]:
     """The match's weights, checked but not read.
 
     Raises:
         ExternalDataError: a weight cannot be read or has the wrong type.
         ValueError: a shape does not fit the match.
     """
-    constants = {name: Constant(view.constants[name], view.base_dir) for name in match.constants}
+    names = dict.fromkeys(part.constant for part in match.parts.values())
+    constants = {name: _open(view, match, name) for name in names}
     for tensor in match.tensors:
         wanted = tensor.resolve_part_shape(match.d_model, match.hidden_size)
         for name in tensor.parts:
@@ -44,6 +46,13 @@ def open_constants(view: GraphView, match: Match) -> dict[str, Constant]:
                     f" {match.expert_count} experts (…, {', '.join(map(str, wanted))}) is needed"
                 )
     return constants
+
+
+def _open(view: GraphView, match: Match, name: str) -> Source:
+    if name not in match.stacks:
+        return Constant(view.constants[name], view.base_dir)
+    apart = [Constant(view.constants[n], view.base_dir) for n in match.stacks[name]]
+    return ConstantStack(name, apart)
 
 
 def _dtype(match: Match, tensor: ExpertTensor, constants: Constants) -> str:
@@ -67,7 +76,7 @@ def layer_tensors(
 
 def write_experts(
     path: str | os.PathLike[str],
-    layers: list[tuple[Match, dict[str, Constant]]],
+    layers: list[tuple[Match, dict[str, Source]]],
     advance: Callable[[int], None],
 ) -> str:
     """Writes all layers' experts; holds one tensor of one expert at a time.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +194,17 @@ class Constant:
         values: NDArray[np.generic] = numpy_helper.to_array(self._tensor)[index]
         return values
 
+    def whole(self) -> NDArray[np.generic]:
+        """The whole tensor."""
+        if not self.shape or self.shape[0] == 0:
+            raise ExternalDataError(f"weight '{self.name}' has shape {list(self.shape)}")
+        count, dtype = math.prod(self.shape), numpy_dtype(self.dtype)
+        if self._range is not None:
+            data = b"".join(self._range.chunks())
+            return np.frombuffer(data, dtype, count).reshape(self.shape)
+        values: NDArray[np.generic] = numpy_helper.to_array(self._tensor)
+        return values
+
     def release(self) -> None:
         """Drops what is kept in memory between entries."""
         self._copy = None
@@ -202,6 +213,39 @@ class Constant:
         if self._copy is None:
             self._copy = self._tensor.raw_data
         return self._copy
+
+
+class ConstantStack:
+    """Constants of one shape, one for each expert, read like one tensor with the experts on axis 0.
+
+    The constants are read one at a time, and nothing is kept of them.
+    """
+
+    def __init__(self, name: str, entries: Sequence[Constant]) -> None:
+        """Checks that they fit together; reads nothing.
+
+        Raises:
+            ExternalDataError: their shapes or types differ.
+        """
+        self.name, self._entries = name, tuple(entries)
+        kinds = {(entry.shape, entry.dtype) for entry in entries}
+        if len(kinds) != 1:
+            told = ", ".join(f"{dtype} {list(shape)}" for shape, dtype in sorted(kinds))
+            raise ExternalDataError(f"weights {name} differ in shape or type: {told}")
+        shape, self.dtype = kinds.pop()
+        self.shape = (len(self._entries), *shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    def entry(self, index: int) -> NDArray[np.generic]:
+        """The tensor of one expert."""
+        return self._entries[index].whole()
+
+    def release(self) -> None:
+        """There is nothing to drop."""
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:

@@ -23,9 +23,6 @@ from moe_infer.graph.match import GraphView, attribute, describe, text_attribute
 
 Axis = tuple[str, ...]
 
-MOST_NODES = 4000
-"""Nodes read from one starting point; a MoE block has a few dozen."""
-
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INDEX_OPS = ("top_index", "tokens", "arange_e", "one_hot", "const")
 _DEMANDED = (
@@ -39,7 +36,6 @@ _DEMANDED = (
     "Range",
     "Constant",
 )
-"""Operators read also when only constants or shapes feed them."""
 
 
 class Opaque(Exception):  # noqa: N818 - a signal inside this package, not an error
@@ -62,6 +58,11 @@ class Value:
 class Interpreter:
     """Reads a graph from two named values on: hidden states and router logits."""
 
+    DEMANDED: tuple[str, ...] = _DEMANDED
+    """Operators read also when only constants or shapes feed them."""
+    MOST_NODES = 4000
+    """Nodes read from one starting point; a MoE block on stacked weights has a few dozen."""
+
     def __init__(self, view: GraphView, hidden_states: str, logits: str) -> None:
         """Starts at two tensors of rank 2 or 3.
 
@@ -72,6 +73,8 @@ class Interpreter:
         self.env: dict[str, Value] = {}
         self.opaque: dict[int, str] = {}
         self.top_nodes: dict[Expr, NodeProto] = {}
+        self.stacks: dict[str, tuple[str, ...]] = {}
+        """Names given to weights that lie apart in the graph, one constant for each expert."""
         shape, scores = view.types.shape(hidden_states), view.types.shape(logits)
         if shape is None or scores is None or len(shape) != len(scores) or len(shape) not in (2, 3):
             raise Opaque(f"'{hidden_states}' and '{logits}' have no common rank of 2 or 3")
@@ -93,7 +96,7 @@ class Interpreter:
         """Reads every node that follows from the two values, in the graph's order."""
         heap = sorted({i for name in self.env for i in self.view.users.get(name, ())})
         seen = set(heap)
-        for _ in range(MOST_NODES):
+        for _ in range(self.MOST_NODES):
             if not heap:
                 return
             index = heapq.heappop(heap)
@@ -112,7 +115,7 @@ class Interpreter:
             self.env[name] = constant
             return constant
         index = self.view.position.get(name)
-        if index is None or self.view.nodes[index].op_type not in _DEMANDED:
+        if index is None or self.view.nodes[index].op_type not in self.DEMANDED:
             return None
         if index not in self.opaque:
             self._read(index)
@@ -695,4 +698,4 @@ class Interpreter:
 
 
 def _is_weight(value: Value) -> bool:
-    return value.expr.op in ("weight", "gathered")
+    return value.expr.op in ("weight", "gathered", "picked", "matrix")

@@ -30,7 +30,8 @@ class Part:
     """
 
     constant: str
-    """Name of an initializer or of a Constant node's output, with the experts on axis 0."""
+    """Name of an initializer or of a Constant node's output, with the experts on axis 0; or a name
+    in :attr:`Match.stacks`."""
     transpose: bool = False
     start: int = 0
     step: int = 1
@@ -55,6 +56,9 @@ class Match:
     """Keyed by the part's name in :data:`moe_infer.op.SUBLAYERS`; of all biases or of none."""
     anchor: str
     """The node with which the search began, for reports."""
+    stacks: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """For weights that lie apart in the graph: names of the experts' constants, by the name that
+    the parts use for all of them."""
 
     @property
     def expert_bias(self) -> bool:
@@ -71,7 +75,8 @@ class Match:
     @property
     def constants(self) -> tuple[str, ...]:
         """Names of the experts' weights in the graph, each once."""
-        return tuple(dict.fromkeys(p.constant for p in self.parts.values()))
+        names = dict.fromkeys(p.constant for p in self.parts.values())
+        return tuple(dict.fromkeys(n for s in names for n in self.stacks.get(s, (s,))))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def check_region(
         raise ReplaceError(
             f"'{output}'", f"it is not computed from '{hidden_states}'; check the tensors' names"
         )
-    _check_inner_uses(view, inner - _views(view, inner, sources), output)
+    made = inner - _views(view, inner, sources)
+    _check_inner_uses(view, made | _shapes_of(view, ancestors, made), output)
     weights = tuple(name for name in constants if _is_weight(view, name))
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
     cast = {o for i in ancestors - inner for o in view.nodes[i].output}
@@ -221,6 +222,17 @@ def _views(view: GraphView, inner: set[int], sources: Collection[str]) -> set[in
     return found
 
 
+def _shapes_of(view: GraphView, ancestors: set[int], made: set[int]) -> set[int]:
+    """Ancestors that only shapes of what is made inside reach."""
+    found: set[int] = set()
+    reached = {o for i in made for o in view.nodes[i].output if o}
+    for index in sorted(ancestors - made):
+        if any(i in reached for i in view.nodes[index].input):
+            found.add(index)
+            reached.update(view.nodes[index].output)
+    return found
+
+
 def _check_inner_uses(view: GraphView, inner: set[int], output: str) -> None:
     """What is made inside must be read inside; views of the sources are not among ``inner``."""
     for index in sorted(inner):
@@ -260,7 +272,11 @@ def _only_casts(view: GraphView, ancestors: set[int], values: Collection[str]) -
 def _is_weight(view: GraphView, name: str) -> bool:
     tensor = view.constants[name]
     elements = int(np.prod(tensor.dims, dtype=np.int64))
-    return elements > 1 and tensor.data_type in (*_TYPES, TensorProto.DOUBLE)
+    if elements <= 1 or tensor.data_type not in (*_TYPES, TensorProto.DOUBLE):
+        return False
+    # Zeros to scatter into, and the like, are often shared between layers.
+    small = view.small(name)
+    return small is None or bool((small != small.ravel()[0]).any())
 
 
 def _check_weight_uses(view: GraphView, name: str, allowed: Collection[int]) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 
+from moe_infer.graph.candidates import candidates, outside
 from moe_infer.graph.experts_file import (
+    Source,
     layer_prefix,
     layer_tensors,
     open_constants,
     write_experts,
 )
-from moe_infer.graph.external import Constant, all_tensors, model_dir
-from moe_infer.graph.families import FAMILIES
+from moe_infer.graph.external import all_tensors, model_dir
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.replace import (
     ReplaceError,
@@ -35,7 +36,7 @@ from moe_infer.weights import open_expert_weights, open_weight_file
 MODEL_NAME = "model.onnx"
 EXPERTS_NAME = "experts.safetensors"
 
-Layer = tuple[Match, dict[str, Constant]]
+Layer = tuple[Match, dict[str, Source]]
 
 
 def rewrite(
@@ -112,13 +113,7 @@ def rewrite(
 
 def find(model: onnx.ModelProto, base_dir: Path | None = None) -> list[Match | NearMiss]:
     """Every MoE block that a family recognises, and every part of one, in the graph's order."""
-    view = GraphView(model, infer_types(model), base_dir or Path.cwd())
-    return list(_candidates(view))
-
-
-def _candidates(view: GraphView) -> Iterator[Match | NearMiss]:
-    for family in FAMILIES.values():
-        yield from family(view)
+    return candidates(GraphView(model, infer_types(model), base_dir or Path.cwd()))
 
 
 def _load(
@@ -142,20 +137,23 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
     """Blocks that can be replaced, each output once; the others go to the report."""
     layers: list[Layer] = []
     taken: set[str] = set()
-    for candidate in _candidates(view):
+    misses: list[NearMiss] = []
+    regions: list[Collection[int]] = []
+    for candidate in candidates(view):
         if isinstance(candidate, NearMiss):
-            report.near_misses.append(candidate)
+            misses.append(candidate)
             continue
         if candidate.output in taken:
             continue
         try:
-            check_region(
+            region = check_region(
                 view,
                 hidden_states=candidate.hidden_states,
                 output=candidate.output,
                 router_logits=candidate.router_logits,
                 copy_shared_weights=copy_shared,
             )
+            regions.append(region.ancestors)
             # Before anything is written: the file and its digest do not matter here.
             config = _config(candidate, 0, EXPERTS_NAME, "", None)
             names = candidate.hidden_states, candidate.output, candidate.router_logits
@@ -164,7 +162,7 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
         except ReplaceError as error:
             report.near_misses.append(_refused(candidate, error.node, error.reason))
         taken.add(candidate.output)
-    report.near_misses.sort(key=lambda m: -m.stage)
+    report.near_misses += outside(misses, view, regions)
     return layers
 
 

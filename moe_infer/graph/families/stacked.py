@@ -31,6 +31,7 @@ OLDEST_OPSET = 13
 """Before it Softmax, Split and reductions had other meanings or took axes in other ways."""
 
 _LAYOUT = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze")
+_SHAPE_OPS = ("Shape", "Size")
 _MOST_CANDIDATES = 8
 _MOST_CAUSES = 500
 
@@ -53,26 +54,39 @@ class _Attempt:
 
 def find(view: GraphView) -> Iterator[Match | NearMiss]:
     """Every block, or how far it went, in the order of the graph."""
+    return search(view, NAME, Interpreter)
+
+
+def search(view: GraphView, family: str, reader: type[Interpreter]) -> Iterator[Match | NearMiss]:
+    """Reads from every TopK and ArgMax on, and compares what was read with a MoE layer.
+
+    Args:
+        view: the graph.
+        family: name for the report.
+        reader: what the family knows beyond :class:`Interpreter`.
+    """
     for node in view.nodes:
         if node.op_type in ("TopK", "ArgMax") and node.domain in ("", "ai.onnx"):
-            yield _at(view, node)
+            yield _at(view, node, family, reader)
 
 
-def _at(view: GraphView, anchor: NodeProto) -> Match | NearMiss:
+def _at(
+    view: GraphView, anchor: NodeProto, family: str, reader: type[Interpreter]
+) -> Match | NearMiss:
     if view.opset < OLDEST_OPSET:
         reason = f"opset {view.opset}; convert the model to {OLDEST_OPSET} or newer"
-        return NearMiss(NAME, describe(anchor), Stage.ROUTER, describe(anchor), reason)
+        return NearMiss(family, describe(anchor), Stage.ROUTER, describe(anchor), reason)
     logits = _logits(view, anchor)
     best = _Attempt()
     reason = "the tensor from which the scores are computed could not be found"
     best.improve((-1, 0), describe(anchor), reason)
     for hidden in _hidden_states(view, logits):
-        attempt = _attempt(view, anchor, hidden, logits)
+        attempt = _attempt(view, anchor, hidden, logits, family, reader)
         if attempt.match is not None:
             return attempt.match
         if attempt.rank > best.rank:
             best = attempt
-    return NearMiss(NAME, describe(anchor), best.rank[0], best.node, best.reason)
+    return NearMiss(family, describe(anchor), best.rank[0], best.node, best.reason)
 
 
 def _logits(view: GraphView, anchor: NodeProto) -> str:
@@ -134,10 +148,17 @@ def _rounds(view: GraphView, node: NodeProto) -> bool:
     return node.op_type == "Cast" and before in wide and after not in (before, TensorProto.DOUBLE)
 
 
-def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _Attempt:
+def _attempt(
+    view: GraphView,
+    anchor: NodeProto,
+    hidden: str,
+    logits: str,
+    family: str,
+    reader_type: type[Interpreter],
+) -> _Attempt:
     attempt = _Attempt()
     try:
-        reader = Interpreter(view, hidden, logits)
+        reader = reader_type(view, hidden, logits)
     except Opaque as reason:
         attempt.improve((Stage.ROUTER, 0), describe(anchor), str(reason))
         return attempt
@@ -166,7 +187,9 @@ def _attempt(view: GraphView, anchor: NodeProto, hidden: str, logits: str) -> _A
         return attempt
     hidden, output = _ends(view, reader, hidden, outputs)
     fields.update(hidden_states=hidden, router_logits=logits, output=output)
-    attempt.match = Match(family=NAME, anchor=describe(anchor), **fields)
+    used = {part.constant for part in fields["parts"].values()}
+    stacks = {name: names for name, names in reader.stacks.items() if name in used}
+    attempt.match = Match(family=family, anchor=describe(anchor), stacks=stacks, **fields)
     return attempt
 
 
@@ -186,6 +209,8 @@ def _ends(view: GraphView, reader: Interpreter, hidden: str, outputs: list[str])
 def _explain(view: GraphView, reader: Interpreter, attempt: _Attempt) -> None:
     """Names the furthest node at which reading stopped."""
     for index in reader.opaque:
+        if view.nodes[index].op_type in _SHAPE_OPS:
+            continue  # where a shape is needed it is known from elsewhere
         read = [reader.env[i].expr for i in view.nodes[index].input if i in reader.env]
         stage = max(map(_stage, read), default=Stage.ROUTER)
         if (stage, 0) > attempt.rank:
@@ -204,7 +229,7 @@ def _cause(view: GraphView, reader: Interpreter, index: int) -> int:
                 continue
             seen.add(producer)
             stack.append(producer)
-            if producer in reader.opaque:
+            if producer in reader.opaque and view.nodes[producer].op_type not in _SHAPE_OPS:
                 causes.append(producer)
     return min(causes)
 

@@ -1,0 +1,248 @@
+"""Experts as one product each on the pairs sorted by expert: transformers' OnnxExporter.
+
+Its default for ``experts_implementation="grouped_mm"``. The (token, chosen expert) pairs are sorted
+by expert (TopK of the smallest, over all); counts of each expert (a histogram, CumSum) give the
+rows of each; each expert multiplies its rows (Range, Gather, MatMul with its slice of the stacked
+weight); Concat puts them one below the other, and the inverse permutation restores the order.
+
+Read here as: an axis ``p`` of the sorted pairs, on which values are what they are on the pairs; a
+Concat of all experts' products in order is the product with the gathered weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from moe_infer.graph.apart import ApartInterpreter
+from moe_infer.graph.expression import Expr
+from moe_infer.graph.families.stacked import search
+from moe_infer.graph.interpreter import Axis, Opaque, Value
+from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, text_attribute
+
+NAME = "grouped"
+
+_WHOLE = (TensorProto.INT64, TensorProto.INT32)
+_EXACT = ("top_index", "tokens", "arange_e", "one_hot", "const", "count", "ends", "picked")
+"""Whole numbers small enough that a Cast between types keeps them, and what is picked of them."""
+
+
+def find(view: GraphView) -> Iterator[Match | NearMiss]:
+    """Every block, or how far it went, in the order of the graph."""
+    return search(view, NAME, GroupedInterpreter)
+
+
+class GroupedInterpreter(ApartInterpreter):
+    """Adds the sorted pairs."""
+
+    chosen: Expr | None = None
+    """The experts by which the pairs are sorted; the router chooses once."""
+
+    @property
+    def pairs(self) -> Axis:
+        """The flattened axis of (token, chosen expert) pairs."""
+        return (*self.tokens, "k") if self.sizes["k"] else self.tokens
+
+    # Sorting
+
+    def _read_topk(self, node: NodeProto) -> list[Value]:
+        value = self.value(node.input[0])
+        if value is None or value.expr.op != "top_index" or attribute(node, "largest", 1):
+            return super()._read_topk(node)
+        if value.axes != (self.pairs,) or not self._all_of(node.input[1], node.input[0]):
+            raise Opaque("a sort by expert that is not of all pairs of token and chosen expert")
+        perm = self.algebra.make("perm", (), (), self.pairs)
+        return [Value((("p",),), value.expr), Value((("p",),), perm)]
+
+    def _all_of(self, count: str, name: str) -> bool:
+        """Whether ``count`` is the number of elements of the vector ``name``."""
+        given = self.view.ints(count)
+        if given is not None:
+            return given == [self._size(self.env[name].axes[0])]
+        for _ in range(8):
+            node = self.view.producer(count)
+            if node is None:
+                return False
+            if node.op_type in ("Shape", "Size"):
+                return bool(node.input[0] == name)
+            if node.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Cast", "Gather"):
+                return False
+            count = node.input[0]
+        return False
+
+    def _read_div(self, node: NodeProto) -> list[Value]:
+        left, right = self._input(node, 0), self._input(node, 1)
+        if left.expr.op == "perm" and right.expr.op == "const":
+            if right.expr.value != (self.sizes["k"] or 1):
+                raise Opaque("the pair's number is not divided by the number of chosen experts")
+            return [Value(left.axes, self.algebra.make("pair_token", (), (), self.tokens))]
+        return super()._read_div(node)
+
+    # Floor division as it is written for numbers that may be negative; a pair's number is not.
+
+    def _read_less(self, node: NodeProto) -> list[Value]:
+        left, right = self._input(node, 0), self._input(node, 1)
+        if left.expr.op == "perm" and right.expr.op == "const" and right.expr.value <= 0:
+            return [Value(left.axes, self.algebra.const(0))]
+        raise Opaque("a comparison that no known pattern uses")
+
+    def _read_equal(self, node: NodeProto) -> list[Value]:
+        left, right = self._input(node, 0), self._input(node, 1)
+        if left.expr.op == right.expr.op == "const":
+            same = left.expr.value == right.expr.value
+            return [Value(self._align([left, right]), self.algebra.const(float(same)))]
+        return super()._read_equal(node)
+
+    def _read_and(self, node: NodeProto) -> list[Value]:
+        for name in node.input:
+            value = self.value(name)
+            if value is not None and value.expr.op == "const" and value.expr.value == 0:
+                return [value]
+        raise Opaque("a logical and that no known pattern uses")
+
+    # Counting
+
+    def _read_cast(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        if value.expr.op in _EXACT:
+            return [value]
+        if value.expr.op == "mul" and attribute(node, "to", 0) in _WHOLE:
+            factors = {e.op: e for e in value.expr.args}
+            if set(factors) == {"top_index", "const"}:
+                return [Value(value.axes, self.algebra.make("bin", (value.expr,)))]
+        return super()._read_cast(node)
+
+    def _read_clip(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        low, high = (self.view.small(n) for n in (*node.input[1:3], "", "")[:2])
+        count = self.sizes["e"]
+        if value.expr.op != "bin" or count is None or low is None or high is None:
+            raise Opaque("a Clip that no known pattern uses")
+        factors = {e.op: e for e in value.expr.args[0].args}
+        # Bins of a histogram of the numbers 0 to E-1: number n falls into bin n, the last one by
+        # the Clip.
+        width = count / (count - 1)
+        if [int(low.item()), int(high.item())] != [0, count - 1] or not (
+            abs(factors["const"].value - width) < 1e-3 / count**2
+        ):
+            raise Opaque("a histogram of other bins than one for each expert")
+        return [Value(value.axes, factors["top_index"])]
+
+    def _read_scatterelements(self, node: NodeProto) -> list[Value]:
+        index = self._input(node, 1)
+        if index.axes not in ((("p",),), (self.pairs,)) or index.expr.op != "top_index":
+            return super()._read_scatterelements(node)
+        adds = text_attribute(node, "reduction", "none") == "add"
+        zeros = self._zeros(node.input[0]) and self.view.types.shape(node.output[0]) in (
+            None,
+            (self.sizes["e"],),
+        )
+        if not adds or not zeros or not self._ones(node.input[2]):
+            raise Opaque("a scatter by chosen expert that does not count the pairs of each")
+        return [Value((("e",),), self.algebra.make("count", (index.expr,), (), ("e",)))]
+
+    def _ones(self, name: str) -> bool:
+        small = self.view.small(name)
+        if small is not None:
+            return bool((small == 1).all())
+        node = self.view.producer(name)
+        wraps = node is not None and node.op_type in ("Expand", "Cast", "Identity", "Reshape")
+        return node is not None and wraps and self._ones(node.input[0])
+
+    def _read_cumsum(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        if (
+            value.expr.op != "count"
+            or self.view.ints(node.input[1]) not in ([0], [-1])
+            or attribute(node, "exclusive", 0)
+            or attribute(node, "reverse", 0)
+        ):
+            raise Opaque("a running sum that is not of the number of pairs of each expert")
+        return [Value(value.axes, self.algebra.make("ends", (value.expr,), (), ("e",)))]
+
+    # Each expert's rows
+
+    def _read_range(self, node: NodeProto) -> list[Value]:
+        end = self.value(node.input[1])
+        step = self.view.small(node.input[2])
+        if end is None or end.expr.op != "picked" or end.expr.args[0].op != "ends":
+            return super()._read_range(node)
+        expert = int(end.expr.params[0])
+        start = self._input(node, 0).expr
+        wanted = (
+            self.algebra.const(0)
+            if expert == 0
+            else self.algebra.make("picked", end.expr.args, (expert - 1,), ())
+        )
+        if start is not wanted or step is None or step.item() != 1:
+            raise Opaque("rows that do not go from one expert's first pair to its last")
+        counted = end.expr.args[0].args[0]
+        self.chosen = counted.args[0]
+        rows = self.algebra.make("group", counted.args, (expert,), ())
+        return [Value(((f"g{expert}",),), rows)]
+
+    def _select(self, data: Value, index_axes: tuple[Axis, ...], index: Expr, axis: int) -> Value:
+        wanted: dict[str, Axis] = {
+            "group": ("p",),
+            "perm": self.pairs,
+            "inverse": ("p",),
+            "pair_token": self.tokens,
+        }
+        if index.op not in wanted:
+            return super()._select(data, index_axes, index, axis)
+        if data.axes[axis] != wanted[index.op]:
+            raise Opaque("rows are taken of something that is not in the order of the pairs")
+        return Value((*data.axes[:axis], *index_axes, *data.axes[axis + 1 :]), data.expr)
+
+    def _read_concat(self, node: NodeProto) -> list[Value]:
+        values = [self._input(node, i) for i in range(len(node.input))]
+        count = self.sizes["e"]
+        if attribute(node, "axis", 0) != 0 or len(values) != count:
+            raise Opaque("a Concat that is not of one result for each expert")
+        for e, value in enumerate(values):
+            if value.axes[:1] != ((f"g{e}",),):
+                raise Opaque(f"part {e} of the Concat is not expert {e}'s")
+        assert self.chosen is not None
+        rest = values[0].axes[1:]
+        if any(v.axes[1:] != rest for v in values) or any("#" in a for g in rest for a in g):
+            raise Opaque("the experts' results differ in their axes")
+        return [Value((("p",), *rest), self.merged([v.expr for v in values], self.chosen))]
+
+    # Restoring the order
+
+    def _read_scatternd(self, node: NodeProto) -> list[Value]:
+        index = self._input(node, 1)
+        if index.expr.op != "perm" or index.axes != (("p",), ()):
+            raise Opaque("a ScatterND that does not invert the order of the sorted pairs")
+        if not self._counts(node.input[2]):
+            raise Opaque("the inverse order is not made of the numbers 0, 1, 2, ...")
+        if not self._as_many_as_pairs(node.input[0]):
+            raise Opaque("the inverse order may have another length than there are pairs")
+        return [Value((self.pairs,), self.algebra.make("inverse", (), (), self.pairs))]
+
+    def _counts(self, name: str) -> bool:
+        """Whether a vector is 0, 1, 2, ..."""
+        small = self.view.small(name)
+        if small is not None:
+            return bool(small.ndim == 1 and (small == np.arange(small.size)).all())
+        node = self.view.producer(name)
+        if node is None or node.op_type != "Range":
+            return False
+        start, step = (self.view.small(node.input[i]) for i in (0, 2))
+        return start is not None and step is not None and start.item() == 0 and step.item() == 1
+
+    def _as_many_as_pairs(self, name: str) -> bool:
+        """Whether what is scattered into has one element for each pair."""
+        small = self.view.small(name)
+        if small is not None:
+            return small.shape == (self._size(self.pairs),)
+        node = self.view.producer(name)
+        if node is None or node.op_type not in ("Expand", "ConstantOfShape"):
+            return False
+        shape = self.view.producer(node.input[-1])
+        like = (
+            self.value(shape.input[0]) if shape is not None and shape.op_type == "Shape" else None
+        )
+        return like is not None and like.axes in ((("p",),), (self.pairs,))

@@ -1,0 +1,63 @@
+"""A rewritten export against PyTorch and against the graph that was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+import moe_infer
+from evaluate_graph import run_runtime
+from moe_infer.graph.report import RewriteReport
+
+TOLERANCE = 1e-4
+
+
+def run_lowered(path: Path, inputs: dict[str, Any]) -> list[Any]:
+    """Outputs of a rewritten model through the lowering, on the CPU provider."""
+    session = moe_infer.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs: list[Any] = session.run(None, inputs)
+    return outputs
+
+
+def check_same(original: Path, rewritten: Path, feeds: Iterable[dict[str, Any]]) -> None:
+    """Every output of both graphs for each of the inputs."""
+    for inputs in feeds:
+        before, after = run_runtime(original, inputs), run_lowered(rewritten, inputs)
+        assert len(before) == len(after) > 0
+        for a, b in zip(before, after, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(b, a, rtol=0, atol=TOLERANCE)
+
+
+def edited(path: Path, folder: Path, *edits: Any) -> Path:
+    """A copy of a model, with its weights inside, changed by functions of its graph."""
+    model = onnx.load(path)
+    for edit in edits:
+        edit(model.graph)
+    copy = folder / "edited" / "model.onnx"
+    copy.parent.mkdir()
+    onnx.save(model, copy)
+    return copy
+
+
+def refused(path: Path, folder: Path) -> RewriteReport:
+    """The report of a rewrite that must find nothing; checks that nothing was written."""
+    report = moe_infer.rewrite(path, folder / "out")
+    assert not report, str(report)
+    assert not (folder / "out").exists()
+    return report
+
+
+def nodes(graph: onnx.GraphProto, op_type: str) -> list[onnx.NodeProto]:
+    """Nodes of a type, in order."""
+    return [n for n in graph.node if n.op_type == op_type]
+
+
+def producer(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    """The node that makes a value."""
+    (found,) = [n for n in graph.node if name in n.output]
+    return found
