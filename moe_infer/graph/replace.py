@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_infer.op import DOMAIN, OP_TYPE, OPSET_VERSION, LayerConfig
 REPLACES = "moe_infer.replaces"
 """Key in a MoELayer's metadata: name of the value that it took the place of."""
 
+_DIGEST = re.compile(r"\.moe_[0-9a-f]{8}$")
 _SHAPE_OPS = ("Shape", "Size")
 _VIEW_OPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _SHARED_REMEDY = "to keep a copy for it in the graph, pass copy_shared_weights=True"
@@ -143,7 +145,7 @@ def replace_with_moe_layer(
     node_name = name or f"{output}.{OP_TYPE}"
     if any(n.name == node_name for n in view.nodes):
         raise ReplaceError(f"'{node_name}'", "a node of this name exists; give another 'name'")
-    made = f"{output}.moe_{attribute_digest(config)}"
+    made = digest_name(output, config)
     node = helper.make_node(
         OP_TYPE,
         [hidden_states, *([router_logits] if router_logits else [])],
@@ -160,6 +162,33 @@ def attribute_digest(config: LayerConfig) -> str:
     """Eight hexadecimal digits that change with any attribute."""
     text = json.dumps(config.to_attributes(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def digest_name(name: str, config: LayerConfig) -> str:
+    """A MoELayer's output name with the digest of its attributes, in place of one it has."""
+    return f"{_DIGEST.sub('', name)}.moe_{attribute_digest(config)}"
+
+
+def add_opset(model: onnx.ModelProto) -> None:
+    """Imports the operator's domain, once."""
+    if not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
+
+
+def rename_value(graph: onnx.GraphProto, types: ValueTypes, old: str, new: str) -> None:
+    """Gives a value of the main graph, no input or output of it, another name everywhere."""
+    for node in graph.node:
+        _rename_input(node, old, new)
+        for i, name in enumerate(node.output):
+            if name == old:
+                node.output[i] = new
+    for info in graph.value_info:
+        if info.name == old:
+            info.name = new
+    if old in types.infos:
+        info = types.infos.pop(old)
+        info.name = new
+        types.infos[new] = info
 
 
 # Finding the region
@@ -397,8 +426,7 @@ def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> R
     values = {o for n in dead for o in n.output if o} - {output} | ({output} - view.graph_outputs)
     _remove(graph.initializer, constants)
     _remove(graph.value_info, constants | values)
-    if not any(o.domain == DOMAIN for o in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
+    add_opset(model)
     names = tuple(describe(n) for n in dead)
     value = output if output in view.graph_outputs else replaced
     return Replacement(node.name, node.output[0], value, names, tuple(sorted(constants)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx
@@ -20,6 +18,7 @@ from moe_infer.graph.experts_file import (
 )
 from moe_infer.graph.external import all_tensors, model_dir
 from moe_infer.graph.match import GraphView, Match, NearMiss
+from moe_infer.graph.progress import bytes_bar
 from moe_infer.graph.replace import (
     ReplaceError,
     add_value_info,
@@ -92,7 +91,7 @@ def rewrite(
     _refuse_overwriting(model, folder, target, view)
     target.mkdir(parents=True, exist_ok=True)
     experts = Path(expert_weight_file) if expert_weight_file is not None else target / EXPERTS_NAME
-    with _progress(progress, "writing experts", sum(_nbytes(layer) for layer in layers)) as advance:
+    with bytes_bar(progress, "writing experts", sum(_nbytes(layer) for layer in layers)) as advance:
         if expert_weight_file is None:
             digest = write_experts(experts, layers, advance)
         else:
@@ -105,7 +104,7 @@ def rewrite(
             open_expert_weights(config, layer[0].d_model, base_dir=target)
         report.layers.append(_replace(proto, types, i, layer, config, copy_shared_weights, renamed))
     report.untyped_values = add_value_info(proto, types)
-    with _progress(progress, "writing model", bytes_to_move(proto)) as advance:
+    with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
     report.model_path, report.expert_weight_path = target / MODEL_NAME, experts
     return report
@@ -257,22 +256,3 @@ def _relative(path: Path, folder: Path) -> str:
     """Relative to the model's folder if it lies inside, else absolute."""
     full, base = path.resolve(), folder.resolve()
     return full.relative_to(base).as_posix() if full.is_relative_to(base) else str(full)
-
-
-@contextmanager
-def _progress(wanted: bool | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)

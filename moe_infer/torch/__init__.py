@@ -1,0 +1,40 @@
+"""Inserting MoELayer while a PyTorch model is exported.
+
+The way of a model: ``replace`` finds its MoE modules through ``adapter`` (what a module must tell)
+and ``transformers_adapters`` (which modules of transformers are known), ``expert_file`` writes
+their experts one by one, ``layer`` takes their place (``eager`` is what it computes in PyTorch),
+``export`` calls torch's exporter, and ``finish`` gives the graph what ONNX Runtime's TensorRT
+provider needs.
+"""
+
+from __future__ import annotations
+
+from moe_infer.torch.adapter import (
+    MoEAdapter,
+    MoEDescription,
+    RoutedExperts,
+    Weight,
+    register_adapter,
+    separate,
+    stacked,
+)
+from moe_infer.torch.export import export
+from moe_infer.torch.finish import finish
+from moe_infer.torch.layer import MoELayer
+from moe_infer.torch.replace import ReplacedLayer, ReplaceReport, replace_moe
+
+__all__ = [
+    "MoEAdapter",
+    "MoEDescription",
+    "MoELayer",
+    "ReplaceReport",
+    "ReplacedLayer",
+    "RoutedExperts",
+    "Weight",
+    "export",
+    "finish",
+    "register_adapter",
+    "replace_moe",
+    "separate",
+    "stacked",
+]
