@@ -150,7 +150,7 @@ def test_bad_layer(reader: WeightReader, case: str, name: str, tmp_path: Path) -
 
 
 def test_a_file_that_shrinks_while_it_is_open_is_an_error(program: Path, tmp_path: Path) -> None:
-    """The index and deflated data are read with pread: no signal ends the process."""
+    """Nothing is mapped: no signal ends the process."""
     arrays = {n: np.random.default_rng(1).random((300, 300)) for n in ("0/a", "0/b")}
     path = tmp_path / "w.npz"
     np.savez_compressed(path, **{n: a.astype(np.float32) for n, a in arrays.items()})
@@ -208,7 +208,7 @@ def mutate(data: st.DataObject, name: str) -> bytes:
 
 
 def agree_on_bytes(reader: WeightReader, suffix: str, data: bytes) -> None:
-    # A new file each time: mappings of the last one may still be alive.
+    # A new file each time: Python's mappings of the last one may still be alive.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"w{suffix}"
         path.write_bytes(data)

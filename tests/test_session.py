@@ -29,7 +29,7 @@ from moe_infer.op import SUBLAYERS
 from moe_infer.runtime import plugin, session
 from moe_infer.runtime.expert_use import count_expert_use
 from moe_infer.runtime.profiles import make_profiles, parse_range
-from moe_infer.weights import open_expert_weights
+from moe_infer.weights import open_expert_weights, open_weight_file
 
 D_MODEL, HIDDEN, EXPERTS = 16, 32, 4
 CPU = ["CPUExecutionProvider"]
@@ -502,3 +502,31 @@ def test_ranges_from_text() -> None:
     for text in ("", "1", "1,2", "1x1,1x16", "a,b,c", "1,-2,3", "1x,1,1"):
         with pytest.raises(ValueError, match="a range must be three shapes"):
             parse_range(text)
+
+
+def test_the_environment_asks_for_checks_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts("Gated_SiLU", EXPERTS, D_MODEL, HIDDEN, "float32")
+    parts["1/down_weight"][2, 3] = np.nan
+    path = write_experts(tmp_path / "experts", parts, "Gated_SiLU", EXPERTS, "npz stored")
+    attributes = layer_attributes(
+        "Gated_SiLU", "softmax_topk", EXPERTS, D_MODEL, HIDDEN, 2, path, False
+    )
+    model = layer_model([attributes], D_MODEL)
+    moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)
+    monkeypatch.setenv("MOE_INFER_CHECK_FINITE", "1")
+    with pytest.raises(moe_infer.WeightFileError, match=r"'1/down_weight' holds nan at \[2, 3\]"):
+        moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)
+    monkeypatch.setenv("MOE_INFER_CHECK_FINITE", "no")
+    with pytest.raises(ValueError, match="MOE_INFER_CHECK_FINITE must be 1"):
+        moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)
+    monkeypatch.delenv("MOE_INFER_CHECK_FINITE")
+
+    whole = bytearray(path.read_bytes())
+    whole[open_weight_file(path).tensors["0/up_weight"].offset] ^= 1
+    path.write_bytes(whole)
+    moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)
+    monkeypatch.setenv("MOE_INFER_CHECK_CRC", "1")
+    with pytest.raises(moe_infer.WeightFileError, match=r"'0/up_weight\.npy' are damaged \(CRC"):
+        moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)

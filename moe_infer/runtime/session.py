@@ -33,7 +33,7 @@ from moe_infer.inspect import LayerInfo, describe
 from moe_infer.runtime import plugin
 from moe_infer.runtime.expert_use import ExpertUse, add_taps, count
 from moe_infer.runtime.profiles import make_profiles
-from moe_infer.weights import resolve_weight_path
+from moe_infer.weights import check_content, resolve_weight_path
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -109,6 +109,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         given_bytes = isinstance(path, bytes) and folder is not None
         prepared = _Prepared(path, {_FOLDER: str(folder)} if given_bytes else {})
         if self.lowered:
+            check_content(layer.weights for layer in layers)
             prepared = _lower(model, folder, choice.moe_provider, layers, options)
         elif layers:
             prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps) or given_bytes)

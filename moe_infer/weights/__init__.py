@@ -2,11 +2,13 @@
 
 The way of a file: ``paths`` finds it, ``formats`` opens it as ``npz_file`` or
 ``safetensors_file`` (both check their index with ``index``), ``experts`` checks it against a
-layer; ``writer`` makes one. docs/weight-files.md is the format's page.
+layer, ``content`` the weights themselves if asked to; ``writer`` makes one. docs/weight-files.md
+is the format's page.
 """
 
 from __future__ import annotations
 
+from moe_infer.weights.content import check_content
 from moe_infer.weights.errors import WeightFileError
 from moe_infer.weights.experts import ExpertWeights, open_expert_weights
 from moe_infer.weights.file import WeightFile
@@ -21,6 +23,7 @@ __all__ = [
     "TensorInfo",
     "WeightFile",
     "WeightFileError",
+    "check_content",
     "open_expert_weights",
     "open_weight_file",
     "resolve_weight_path",

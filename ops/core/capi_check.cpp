@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/capi_error.h"
+#include "core/content_check.h"
 #include "core/expert_store.h"
 #include "core/layer_config.h"
 #include "core/weight_file.h"
@@ -68,7 +69,11 @@ int moe_infer_check(const moe_infer_attribute* attributes, int32_t count, const 
       config.check_inputs(parsed);
       d_model = parsed.d_model;
     }
-    moe_infer::ExpertStore::open(config, d_model);
+    auto const store = moe_infer::ExpertStore::open(config, d_model);
+    auto const checks = moe_infer::content_checks();
+    if (checks.finite || checks.crc) {
+      store->load(/*pin=*/false);
+    }
   });
 }
 

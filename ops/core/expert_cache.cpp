@@ -120,7 +120,7 @@ int32_t ExpertCache::bring(int32_t expert) {
 }
 
 void ExpertCache::fetch(int32_t expert, int32_t slot) {
-  // Reading a mapping beyond the end of a file that shrank would end the process.
+  // A file that was written to would give weights that nobody checked.
   if (!store_->unchanged()) {
     throw bad_file(store_->path() + " has changed since the layer was made; make the session again");
   }
@@ -191,7 +191,11 @@ void ExpertCache::send_pageable(uint8_t* slot) {
     size_t submitted = 0;
     for (size_t i = 0; i < transfers_.size(); ++i) {
       for (; submitted < transfers_.size() && submitted < i + HostRing::kChunks; ++submitted) {
-        session.submit(transfers_[submitted].source(), transfers_[submitted].bytes());
+        // Two pointers: small enough for std::function to hold without allocating.
+        session.submit([this, transfer = &transfers_[submitted]](void* chunk) {
+          auto const first = static_cast<uint64_t>(transfer->first) * size_of(transfer->piece->dtype);
+          store_->read(*transfer->piece, first, chunk, transfer->bytes());
+        });
       }
       send(transfers_[i], session.take(), slot);
       session.release(copy_stream_.get());

@@ -1,18 +1,15 @@
 #include "core/expert_source.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <functional>
-#include <thread>
+#include <utility>
 
-#include "core/error.h"
+#include "core/content_check.h"
+#include "core/parallel.h"
 
 namespace moe_infer {
 namespace {
 
 constexpr uint64_t kAlignment = 256;
-constexpr unsigned kMostThreads = 8;
 
 struct Registry {
   std::mutex mutex;
@@ -23,39 +20,6 @@ struct Registry {
 Registry& registry() {
   static auto* const instance = new Registry;
   return *instance;
-}
-
-// Runs work(0) .. work(count - 1) on a few threads; throws the first exception after all have ended.
-void for_each_parallel(size_t count, std::function<void(size_t)> const& work) {
-  std::atomic<size_t> next{0};
-  std::exception_ptr error;
-  std::mutex mutex;
-  auto const worker = [&] {
-    try {
-      for (auto i = next++; i < count; i = next++) {
-        work(i);
-      }
-    } catch (...) {
-      next = count;
-      std::lock_guard<std::mutex> const lock(mutex);
-      error = error ? error : std::current_exception();
-    }
-  };
-  auto const wanted = std::min<size_t>({count, kMostThreads, std::max(1U, std::thread::hardware_concurrency())});
-  std::vector<std::thread> threads;
-  try {
-    while (threads.size() + 1 < wanted) {
-      threads.emplace_back(worker);
-    }
-  } catch (std::exception const&) {  // no more threads to be had: with those that are there, it takes longer
-  }
-  worker();
-  for (auto& thread : threads) {
-    thread.join();
-  }
-  if (error) {
-    std::rethrow_exception(error);
-  }
 }
 
 }  // namespace
@@ -81,7 +45,7 @@ std::shared_ptr<ExpertSource> ExpertSource::open(std::string const& path) {
 uint8_t const* ExpertSource::find(std::string const& name) const {
   auto const& entry = file_->tensors().at(name);
   if (entry.compressed == 0) {
-    return file_->data() + entry.offset;
+    return reserved_.data() + entry.offset;
   }
   std::lock_guard<std::mutex> const lock(mutex_);
   auto const found = inflated_.find(name);
@@ -112,21 +76,41 @@ void ExpertSource::inflate(std::vector<std::string> const& names) {
   }
 }
 
-void ExpertSource::detach_from_file(HostRange const& pages) {
-  constexpr uint64_t kPart = uint64_t{64} << 20U;  // for a thread
-  auto const offset = pages.begin - reinterpret_cast<uintptr_t>(file_->data());
-  auto const bytes = std::min<uint64_t>(pages.bytes(), file_->size() - offset);  // the last page goes on with zeros
-  HostPages memory(pages.bytes());
-  for_each_parallel((bytes + kPart - 1) / kPart, [&](size_t part) {
-    auto const begin = part * kPart;
-    file_->read_at(offset + begin, memory.data() + begin, std::min(kPart, bytes - begin));
-  });
-  memory.move_to(pages);
+HostRange ExpertSource::file_range() const {
+  auto const begin = reinterpret_cast<uintptr_t>(reserved_.data());
+  return {begin, begin + file_->size()};
 }
 
-bool ExpertSource::is_mapped(void const* data) const {
-  auto const* const byte = static_cast<uint8_t const*>(data);
-  return byte >= file_->data() && byte < file_->data() + file_->size();
+bool ExpertSource::pin_file_pages(HostRange const& pages) {
+  constexpr uint64_t kPart = uint64_t{64} << 20U;  // for a thread
+  auto const fill = [&](HostRange const& gap) {
+    auto* const memory = reserved_.commit(gap);
+    auto const offset = gap.begin - file_range().begin;
+    auto const bytes = std::min<uint64_t>(gap.bytes(), file_->size() - offset);  // the last page goes on with zeros
+    for_each_parallel((bytes + kPart - 1) / kPart, [&](size_t part) {
+      auto const begin = part * kPart;
+      file_->read_at(offset + begin, memory + begin, std::min(kPart, bytes - begin));
+    });
+  };
+  PinnedRanges::Backing const backing{fill, [&](HostRange const& gap) { reserved_.discard(gap); }};
+  return pinned_.pin(pages, &backing);
+}
+
+void ExpertSource::check_content(std::vector<std::string> const& names, bool stacked) {
+  auto const checks = content_checks();
+  if (!checks.finite && !checks.crc) {
+    return;
+  }
+  std::lock_guard<std::mutex> const lock(checking_);
+  std::vector<CheckedTensor> tensors;
+  for (auto const& name : names) {
+    if (checked_.count(name) == 0) {
+      auto const& entry = file_->tensors().at(name);
+      tensors.push_back({name, &entry, entry.compressed == 0 ? nullptr : find(name), stacked});
+    }
+  }
+  moe_infer::check_content(*file_, tensors, checks);
+  checked_.insert(names.begin(), names.end());
 }
 
 }  // namespace moe_infer

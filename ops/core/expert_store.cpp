@@ -1,6 +1,7 @@
 #include "core/expert_store.h"
 
 #include <algorithm>
+#include <cstring>
 #include <set>
 #include <utility>
 
@@ -78,7 +79,8 @@ std::shared_ptr<ExpertStore> ExpertStore::open(LayerConfig const& config, int64_
   }
   store->tensors_ = tensors_of(config, store->d_model_);
   check_tensors(config, file, form, store->d_model_, store->tensors_);
-  if (form == ExpertForm::kStacked) {
+  store->stacked_ = form == ExpertForm::kStacked;
+  if (store->stacked_) {
     store->add_stacked(config);
   } else {
     store->add_separate(config);
@@ -89,6 +91,7 @@ std::shared_ptr<ExpertStore> ExpertStore::open(LayerConfig const& config, int64_
 void ExpertStore::add_piece(int32_t expert, ExpertPiece piece, Place place) {
   auto const* const data = source_->find(place.name);
   piece.data = data == nullptr ? nullptr : data + place.offset;
+  piece.file_offset = source_->file().tensors().at(place.name).offset + place.offset;
   pieces_[static_cast<size_t>(expert)].push_back(piece);
   places_[static_cast<size_t>(expert)].push_back(std::move(place));
 }
@@ -152,14 +155,35 @@ void ExpertStore::load(bool pin) {
       }
     }
   }
+  check_content();
   if (pin && !std::exchange(pinned_, true)) {
     pin_what_fits();
   }
 }
 
+void ExpertStore::check_content() {
+  std::set<std::string> seen;
+  std::vector<std::string> names;  // in the order of the experts
+  for (auto const& places : places_) {
+    for (auto const& place : places) {
+      if (seen.insert(place.name).second) {
+        names.push_back(place.name);
+      }
+    }
+  }
+  source_->check_content(names, stacked_);
+}
+
+void ExpertStore::read(ExpertPiece const& piece, uint64_t offset, void* out, uint64_t bytes) const {
+  if (source_->is_in_file(piece.data)) {
+    source_->file().read_at(piece.file_offset + offset, out, bytes);
+  } else {
+    std::memcpy(out, static_cast<uint8_t const*>(piece.data) + offset, bytes);
+  }
+}
+
 void ExpertStore::pin_what_fits() {
   auto& pinned = source_->pinned();
-  auto const detach = [&](HostRange const& pages) { source_->detach_from_file(pages); };
   auto const missing_fit = [&](std::vector<HostRange> const& ranges) {
     auto const limit = pinned_bytes_limit();
     uint64_t bytes = 0;
@@ -170,11 +194,10 @@ void ExpertStore::pin_what_fits() {
   };
   // The whole file as one region, when nothing of it is pinned and it fits: then no expert lies across the regions of
   // two layers, which a single copy cannot cross, and other layers find theirs done.
-  auto const mapped = source_->is_mapped(pieces_.front().front().data);
-  auto const begin = reinterpret_cast<uintptr_t>(source_->file().data());
-  auto const whole = merge_pages({{begin, begin + source_->file().size()}});
-  if (mapped && pinned.bytes() == 0 && missing_fit(whole)) {
-    pinned.pin(whole.front(), detach);  // where CUDA refuses, it would refuse the parts as well
+  bool const stored = source_->is_in_file(pieces_.front().front().data);
+  auto const whole = merge_pages({source_->file_range()});
+  if (stored && pinned.bytes() == 0 && missing_fit(whole)) {
+    source_->pin_file_pages(whole.front());  // where CUDA refuses, it would refuse the parts as well
     return;
   }
   // Otherwise as many experts from the first on as the bound allows.
@@ -185,8 +208,8 @@ void ExpertStore::pin_what_fits() {
     (missing_fit(page_ranges(pieces_, middle)) ? few : many) = middle;
   }
   for (auto const& range : page_ranges(pieces_, few)) {
-    bool const mapped_range = source_->is_mapped(reinterpret_cast<void const*>(range.begin));  // NOLINT
-    if (!pinned.pin(range, mapped_range ? PinnedRanges::Prepare(detach) : nullptr)) {
+    bool const in_file = source_->is_in_file(reinterpret_cast<void const*>(range.begin));  // NOLINT
+    if (!(in_file ? source_->pin_file_pages(range) : pinned.pin(range, nullptr))) {
       return;
     }
   }

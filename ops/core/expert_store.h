@@ -1,9 +1,9 @@
 // Host side of the experts of one layer: where each expert's tensors lie in host memory.
 //
-// The file is mapped once for a process, whatever the number of sessions; deflated members are inflated once
-// (expert_source.h). Part of the host memory is pinned, up to MOE_INFER_PINNED_BYTES in the whole process, so that the
-// copy engine reads it at the bus's speed; what is not pinned is copied from pageable memory through the cache's
-// staging buffers.
+// The file is opened once for a process, whatever the number of sessions; deflated members are inflated once
+// (expert_source.h). Up to MOE_INFER_PINNED_BYTES of weights in the whole process are held in pinned memory, which the
+// copy engine reads at the bus's speed; what is not pinned is read from the file, or from what was inflated, through
+// the ring of host_ring.h.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,16 @@ class ExpertSource;
 
 // One contiguous run of rows of an expert's packed tensor as the file holds it.
 struct ExpertPiece {
-  void const* data = nullptr;  // host, not aligned to its type; null before load() where the file has it deflated
+  // Host memory, not aligned to its type. To be read only while the expert is_pinned(); otherwise by read(). Null
+  // before load() where the file has it deflated.
+  void const* data = nullptr;
   DataType dtype = DataType::kFloat32;
   int64_t rows = 0;
   int64_t columns = 0;
-  int32_t tensor = 0;      // index into SubLayer::tensors
-  int32_t first_row = 0;   // of the packed tensor
-  int32_t row_stride = 1;  // 2 where two parts alternate
+  int32_t tensor = 0;        // index into SubLayer::tensors
+  int32_t first_row = 0;     // of the packed tensor
+  int32_t row_stride = 1;    // 2 where two parts alternate
+  uint64_t file_offset = 0;  // of the bytes in the file, where it has them stored
   uint64_t bytes() const { return static_cast<uint64_t>(rows * columns) * size_of(dtype); }
 };
 
@@ -47,11 +50,14 @@ class ExpertStore {
   std::string const& path() const { return path_; }
   bool unchanged() const;
 
-  // Makes the data of all pieces readable (inflates deflated members) and, if wanted, pins what the bound allows.
-  // Called before the first fetch, not for checks. Idempotent, thread-safe. Throws when the file is no longer the one
-  // that was opened. A layer that copies every expert to the device once should not pin: that takes longer than such a
-  // copy.
+  // Makes the data of all pieces readable (inflates deflated members), checks the weights themselves if the environment
+  // asks for it (content_check.h) and, if wanted, pins what the bound allows. Called before the first fetch, not for
+  // checks. Idempotent, thread-safe. Throws when the file is no longer the one that was opened. A layer that copies
+  // every expert to the device once should not pin: that takes longer than such a copy.
   void load(bool pin = true);
+  // Copies bytes of a piece, pinned or not. Throws Error(MOE_INFER_FILE) when the file has shrunk or cannot be read.
+  // After load(); thread-safe.
+  void read(ExpertPiece const& piece, uint64_t offset, void* out, uint64_t bytes) const;
   uint64_t pinned_bytes() const;  // of the file, for all layers that use it
   bool is_pinned(int32_t expert) const;
   // Why part of the weights is not pinned, as a sentence for a log; "" when nothing is to be said.
@@ -64,6 +70,7 @@ class ExpertStore {
     uint64_t offset = 0;
   };
 
+  void check_content();
   void add_stacked(LayerConfig const& config);
   void add_separate(LayerConfig const& config);
   void add_piece(int32_t expert, ExpertPiece piece, Place place);
@@ -75,6 +82,7 @@ class ExpertStore {
   std::vector<std::vector<ExpertPiece>> pieces_;
   std::vector<std::vector<Place>> places_;
   std::string digest_, path_;
+  bool stacked_ = false;
   mutable std::mutex mutex_;
   bool pinned_ = false;
 };

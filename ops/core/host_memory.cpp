@@ -114,13 +114,35 @@ HostPages::~HostPages() {
   }
 }
 
-void HostPages::move_to(HostRange const& range) {
-  auto* const place = reinterpret_cast<void*>(range.begin);  // NOLINT: pages are counted as addresses
-  if (::mremap(data_, range.bytes(), range.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED) {
-    throw Error(MOE_INFER_INTERNAL, "moe_infer: moving " + std::to_string(range.bytes()) +
-                                        " bytes of weights failed: " + std::strerror(errno));
+ReservedPages::ReservedPages(uint64_t bytes) : bytes_(std::max<uint64_t>(bytes, 1)) {
+  void* const range = ::mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) {
+    throw Error(MOE_INFER_INTERNAL, "moe_infer: no " + std::to_string(bytes) +
+                                        " addresses for a weight file: " + std::strerror(errno) +
+                                        "; raise the limit on the process's address space (ulimit -v)");
   }
-  data_ = nullptr;
+  data_ = static_cast<uint8_t*>(range);
+}
+
+ReservedPages::~ReservedPages() { ::munmap(data_, bytes_); }
+
+bool ReservedPages::contains(void const* address) const {
+  auto const* const byte = static_cast<uint8_t const*>(address);
+  return byte >= data_ && byte < data_ + bytes_;
+}
+
+uint8_t* ReservedPages::commit(HostRange const& pages) {
+  auto* const place = reinterpret_cast<uint8_t*>(pages.begin);  // NOLINT: pages are counted as addresses
+  if (::mprotect(place, pages.bytes(), PROT_READ | PROT_WRITE) != 0) {
+    throw Error(MOE_INFER_INTERNAL, "moe_infer: no host memory for " + std::to_string(pages.bytes()) +
+                                        " bytes of weights: " + std::strerror(errno) + "; lower " + kVariable);
+  }
+  return place;
+}
+
+void ReservedPages::discard(HostRange const& pages) noexcept {
+  auto* const place = reinterpret_cast<void*>(pages.begin);  // NOLINT
+  ::mmap(place, pages.bytes(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
 std::vector<HostRange> merge_pages(std::vector<HostRange> ranges) {
@@ -182,29 +204,35 @@ uint64_t PinnedRanges::missing_bytes(HostRange const& pages) const {
   return bytes;
 }
 
-bool PinnedRanges::pin(HostRange const& pages, Prepare const& prepare) {
+bool PinnedRanges::pin(HostRange const& pages, Backing const* backing) {
   std::lock_guard<std::mutex> const lock(mutex_);
   auto const missing = gaps(pages);
-  return std::all_of(missing.begin(), missing.end(), [&](HostRange const& gap) { return pin_gap(gap, prepare); });
+  return std::all_of(missing.begin(), missing.end(), [&](HostRange const& gap) { return pin_gap(gap, backing); });
 }
 
-bool PinnedRanges::pin_gap(HostRange const& gap, Prepare const& prepare) {
+bool PinnedRanges::pin_gap(HostRange const& gap, Backing const* backing) {
   if (!budget().reserve(gap.bytes())) {
     note_ = "the bound of " + std::to_string(pinned_bytes_limit()) + " page-locked bytes in this process is reached (" +
             std::to_string(pinned_bytes_now()) + " in use); raise " + kVariable + " to lock more";
     return false;
   }
+  auto const undo = [&] {
+    if (backing != nullptr) {
+      backing->drop(gap);
+    }
+    budget().release(gap.bytes());
+  };
   try {
-    if (prepare) {
-      prepare(gap);
+    if (backing != nullptr) {
+      backing->fill(gap);
     }
   } catch (...) {
-    budget().release(gap.bytes());
+    undo();
     throw;
   }
   auto const status = register_pages(gap);
   if (status != cudaSuccess) {
-    budget().release(gap.bytes());
+    undo();
     note_ = "page-locking " + std::to_string(gap.bytes()) + " bytes failed (" + ::cudaGetErrorString(status) + ")";
     return false;
   }
@@ -212,7 +240,7 @@ bool PinnedRanges::pin_gap(HostRange const& gap, Prepare const& prepare) {
     regions_.emplace(gap.begin, gap.end);
   } catch (...) {
     ::cudaHostUnregister(reinterpret_cast<void*>(gap.begin));  // NOLINT
-    budget().release(gap.bytes());
+    undo();
     throw;
   }
   return true;

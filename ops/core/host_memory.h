@@ -35,9 +35,24 @@ class HostPages {
   HostPages(HostPages const&) = delete;
   HostPages& operator=(HostPages const&) = delete;
   uint8_t* data() const { return data_; }
-  // Moves the pages to `range`, of the same size, in place of what is mapped there; in one step for other threads. They
-  // are no longer this object's then.
-  void move_to(HostRange const& range);
+
+ private:
+  uint8_t* data_ = nullptr;
+  uint64_t bytes_ = 0;
+};
+
+// Addresses without memory behind them, except where some was committed. Touching the others ends the process.
+class ReservedPages {
+ public:
+  explicit ReservedPages(uint64_t bytes);
+  ~ReservedPages();
+  ReservedPages(ReservedPages const&) = delete;
+  ReservedPages& operator=(ReservedPages const&) = delete;
+  uint8_t const* data() const { return data_; }
+  bool contains(void const* address) const;
+  // Puts zero pages behind whole pages of it, or takes away what is there.
+  uint8_t* commit(HostRange const& pages);
+  void discard(HostRange const& pages) noexcept;
 
  private:
   uint8_t* data_ = nullptr;
@@ -58,10 +73,14 @@ class PinnedRanges {
 
   // Bytes that pin(range) would lock now.
   uint64_t missing_bytes(HostRange const& pages) const;
-  // Locks the pages that are not locked yet; `prepare` (or null) is called for each range of them before. False, with
-  // the reason in note(), when the bound or CUDA forbids it: then the rest stays pageable, which is slower but works.
-  using Prepare = std::function<void(HostRange const&)>;
-  bool pin(HostRange const& pages, Prepare const& prepare);
+  // What is done with each range of pages before it is locked, and when locking it failed.
+  struct Backing {
+    std::function<void(HostRange const&)> fill;
+    std::function<void(HostRange const&)> drop;
+  };
+  // Locks the pages that are not locked yet. False, with the reason in note(), when the bound or CUDA forbids it: then
+  // the rest stays as it is, which is slower but works. `backing`: null where the pages are there already.
+  bool pin(HostRange const& pages, Backing const* backing);
   // Whether the whole range lies in one locked region, as a single copy by the copy engine needs it.
   bool is_pinned(void const* data, uint64_t bytes) const;
   uint64_t bytes() const;
@@ -69,7 +88,7 @@ class PinnedRanges {
 
  private:
   std::vector<HostRange> gaps(HostRange const& pages) const;
-  bool pin_gap(HostRange const& gap, Prepare const& prepare);
+  bool pin_gap(HostRange const& gap, Backing const* backing);
 
   mutable std::mutex mutex_;
   std::map<uintptr_t, uintptr_t> regions_;  // begin to end, disjoint

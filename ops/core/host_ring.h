@@ -1,11 +1,12 @@
-// Way of pageable memory to the device: a few threads copy chunks of it into a ring of pinned buffers, from which the
-// copy engine takes them. So reading (from the page cache or the disk) overlaps with copying. One ring for a device in
-// the process.
+// Way to the device of weights that are not pinned: a few threads read chunks of them into a ring of pinned buffers,
+// from which the copy engine takes them. So reading (from the page cache, the disk or memory) overlaps with copying.
+// One ring for a device in the process.
 #pragma once
 
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -35,9 +36,12 @@ class HostRing {
     Session(Session const&) = delete;
     Session& operator=(Session const&) = delete;
 
-    // Has `bytes` (at most kChunkBytes) copied into the ring. At most kChunks chunks may be between submit and release.
-    void submit(void const* source, uint64_t bytes);
-    // The oldest submitted chunk that was not released, in pinned memory. Blocks until it is copied.
+    // Has `fill`, on a thread of the ring, write a chunk of at most kChunkBytes to where it is told. At most kChunks
+    // chunks may be between submit and release.
+    using Fill = std::function<void(void*)>;
+    void submit(Fill fill);
+    // The oldest submitted chunk that was not released, in pinned memory. Blocks until it is filled; throws what its
+    // `fill` threw.
     void const* take();
     // What was enqueued on `stream` so far reads the chunk given by take; then its buffer is used again.
     void release(cudaStream_t stream);
@@ -50,8 +54,7 @@ class HostRing {
  private:
   struct Chunk {
     Event free;  // recorded when the copy engine is done with it
-    void const* source = nullptr;
-    uint64_t bytes = 0;
+    std::function<void(void*)> fill;
     bool filled = false;
     std::exception_ptr error;
   };

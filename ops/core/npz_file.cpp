@@ -146,10 +146,10 @@ TensorEntry NpzFile::describe(ZipMember const& member) const {
                    "; the file is damaged, copy or write it again");
   }
   entry.crc = member.crc;
+  entry.header = header_bytes;
   if (member.deflated) {
     entry.offset = member.offset;
     entry.compressed = member.compressed;
-    entry.header = header_bytes;
   } else {
     entry.offset = member.offset + header_bytes;
   }
@@ -181,8 +181,12 @@ void NpzFile::inflate(TensorEntry const& entry, void* out) const {
                            : std::to_string(done) + " bytes come out, " + std::to_string(expected) + " were expected";
     throw damaged(path(), member, count);
   }
+  check_crc(entry, static_cast<uint32_t>(crc));
+}
+
+void NpzFile::check_crc(TensorEntry const& entry, uint32_t crc) const {
   if (crc != entry.crc) {
-    throw damaged(path(), member, "CRC " + hexadecimal(crc) + ", expected " + hexadecimal(entry.crc));
+    throw damaged(path(), name_of_entry(entry), "CRC " + hexadecimal(crc) + ", expected " + hexadecimal(entry.crc));
   }
 }
 

@@ -1,4 +1,4 @@
-// npz: a zip archive of .npy arrays, stored (used where they are mapped) or deflated.
+// npz: a zip archive of .npy arrays, stored or deflated.
 #pragma once
 
 #include <string>
@@ -13,6 +13,7 @@ class NpzFile : public WeightFile {
   // Reads the directory and each member's .npy header; of a deflated member only as much is inflated.
   explicit NpzFile(std::string const& path);
   void inflate(TensorEntry const& entry, void* out) const override;
+  void check_crc(TensorEntry const& entry, uint32_t crc) const override;
 
  private:
   TensorEntry describe(ZipMember const& member) const;

@@ -1,10 +1,9 @@
 // A weight file's index, validated before any byte of weights is used. The file is untrusted input.
 //
 // Two formats behind one interface: safetensors (safetensors_file.cpp) and npz (npz_file.cpp, which reads the archive
-// with zip_index.cpp and each array's header with npy_header.cpp). Both check with file_index.cpp. The index and
-// deflated data are read with pread, so a file that shrinks meanwhile gives an error. Stored weights are used where
-// they are mapped: writers must replace a file by renaming, as moe_infer does; shortening a mapped file in place makes
-// the kernel end the process that reads it (SIGBUS), which unchanged() makes unlikely and nothing rules out.
+// with zip_index.cpp and each array's header with npy_header.cpp). Both check with file_index.cpp. The file is read
+// with pread and never mapped: one that shrinks while it is in use gives an error, where reading a mapping would end
+// the process (SIGBUS).
 #pragma once
 
 #include <cstdint>
@@ -27,9 +26,9 @@ struct TensorEntry {
   std::vector<int64_t> shape;
   uint64_t offset = 0;      // of the data in the file; for a deflated npz member, of the compressed data
   uint64_t bytes = 0;       // of the tensor once inflated
-  uint64_t compressed = 0;  // bytes in the file when deflated; 0: stored, the data can be used in place
-  uint64_t header = 0;      // deflated npz members: bytes of the .npy header before the data once inflated
-  uint32_t crc = 0;         // deflated npz members: of header and data
+  uint64_t compressed = 0;  // bytes in the file when deflated; 0: stored, the data are there as they are
+  uint64_t header = 0;      // npz: bytes of the .npy header before the data, in the file or once inflated
+  uint32_t crc = 0;         // npz: of header and data
 };
 
 // What tells one file from another: device, inode, size, modification time in ns.
@@ -40,9 +39,9 @@ bool find_identity(std::string const& path, FileIdentity* identity);
 
 class WeightFile {
  public:
-  // Maps the file read-only and checks its index. Throws Error(MOE_INFER_FILE).
+  // Opens the file and checks its index. Throws Error(MOE_INFER_FILE).
   static std::shared_ptr<WeightFile> open(std::string const& path);
-  virtual ~WeightFile();
+  virtual ~WeightFile() = default;
   WeightFile(WeightFile const&) = delete;
   WeightFile& operator=(WeightFile const&) = delete;
 
@@ -52,23 +51,22 @@ class WeightFile {
   // The index is: safetensors, the JSON header; npz, the central directory (which holds each member's CRC).
   std::string const& digest() const { return digest_; }
   FileIdentity const& identity() const { return identity_; }
-  // True while the file on disk is still the one that was mapped (device, inode, size, modification time).
+  // True while the file on disk is still the one that was opened (device, inode, size, modification time).
   bool unchanged() const;
-  // Neither format aligns its data: copy from here with memcpy.
-  uint8_t const* data() const { return data_; }
   uint64_t size() const { return size_; }
-  // Copies bytes of the file without touching the mapping. Throws when the file has shrunk.
+  // Copies bytes of the file. Throws when it has shrunk. Thread-safe.
   void read_at(uint64_t offset, void* out, uint64_t bytes) const;
   // Inflates a deflated entry into `out` (entry.bytes). Throws when its real size or CRC differs. Thread-safe.
   virtual void inflate(TensorEntry const& entry, void* out) const = 0;
+  // Compares the CRC of a stored entry, header included, with the one in the file. Throws when it differs.
+  virtual void check_crc(TensorEntry const& entry, uint32_t crc) const;
 
  protected:
-  explicit WeightFile(std::string const& path);  // maps
+  explicit WeightFile(std::string const& path);
   void set_digest(uint8_t const* index, uint64_t bytes);
 
   std::string path_, digest_;
   std::map<std::string, TensorEntry> tensors_;
-  uint8_t const* data_ = nullptr;
   uint64_t size_ = 0;
 
  private:

@@ -64,7 +64,8 @@ MOE_INFER_EXPORT const char* moe_infer_version(void);
 MOE_INFER_EXPORT const char* moe_infer_tensorrt_headers_version(void);
 
 /* Checks attributes, weight file and inputs without a GPU. `inputs` may be NULL: then only what the
- * attributes and the file say is checked. */
+ * attributes and the file say is checked. With MOE_INFER_CHECK_FINITE=1 or MOE_INFER_CHECK_CRC=1 in the
+ * environment the weights themselves are read and checked too, as when a layer is made. */
 MOE_INFER_EXPORT int moe_infer_check(const moe_infer_attribute* attributes, int32_t count,
                                      const moe_infer_inputs* inputs);
 

@@ -3,12 +3,13 @@
 //   index PATH                                   every tensor
 //   read PATH                                    every tensor with its data, inflated
 //   experts PATH PREFIX EXPERTS HIDDEN_SIZE      every expert of a T5_FF layer, packed as the kernels read it
+//   cut BYTES PATH PREFIX EXPERTS HIDDEN_SIZE    the same, but the file is cut to BYTES once the layer is loaded
 //
 // Answer: "ok" and a JSON object, or "error STATUS" and the message; always one line. `-` stands for an empty prefix.
+#include <unistd.h>
 #include <zlib.h>
 
 #include <cstdio>
-#include <cstring>
 #include <iostream>
 #include <map>
 #include <sstream>
@@ -65,8 +66,8 @@ std::string read_all(std::istream& words, bool data_too) {
       // only what the index says
     } else if (entry.compressed != 0) {
       file->inflate(entry, data.data());
-    } else if (!data.empty()) {
-      std::memcpy(data.data(), file->data() + entry.offset, data.size());
+    } else {
+      file->read_at(entry.offset, data.data(), data.size());
     }
     out += (out.empty() ? "" : ",") + json_text(name) + ":" + described(entry.dtype, entry.shape, data);
   }
@@ -74,9 +75,9 @@ std::string read_all(std::istream& words, bool data_too) {
 }
 
 // What the copy into a slot does, on the host.
-Bytes packed(std::vector<ExpertPiece> const& pieces, int32_t tensor, ExpertTensor const& shape, DataType* dtype) {
+Bytes packed(ExpertStore const& store, int32_t expert, int32_t tensor, ExpertTensor const& shape, DataType* dtype) {
   Bytes out;
-  for (auto const& piece : pieces) {
+  for (auto const& piece : store.pieces(expert)) {
     if (piece.tensor != tensor) {
       continue;
     }
@@ -85,14 +86,18 @@ Bytes packed(std::vector<ExpertPiece> const& pieces, int32_t tensor, ExpertTenso
     out.resize(static_cast<size_t>(shape.rows) * row);
     for (int64_t i = 0; i < piece.rows; ++i) {
       auto const to = static_cast<size_t>(piece.first_row + i * piece.row_stride);
-      std::memcpy(out.data() + to * row, static_cast<uint8_t const*>(piece.data) + static_cast<size_t>(i) * row, row);
+      store.read(piece, static_cast<uint64_t>(i) * row, out.data() + to * row, row);
     }
   }
   return out;
 }
 
-std::string read_experts(std::istream& words) {
+std::string read_experts(std::istream& words, bool cut) {
   LayerConfig config;
+  off_t bytes = 0;
+  if (cut) {
+    words >> bytes;
+  }
   config.sublayer_type = "T5_FF";
   words >> config.weight_file >> config.weight_prefix >> config.expert_count >> config.hidden_size;
   if (config.weight_prefix == "-") {
@@ -103,6 +108,9 @@ std::string read_experts(std::istream& words) {
   store->load();
   other->load(/*pin=*/false);
   store->load();
+  if (cut && ::truncate(config.weight_file.c_str(), bytes) != 0) {
+    throw invalid("truncate failed");
+  }
   bool shared = true;
   std::string out;
   for (int32_t e = 0; e < config.expert_count; ++e) {
@@ -110,7 +118,7 @@ std::string read_experts(std::istream& words) {
     for (size_t t = 0; t < store->tensors().size(); ++t) {
       auto const& tensor = store->tensors()[t];
       DataType dtype = DataType::kFloat32;
-      auto const data = packed(store->pieces(e), static_cast<int32_t>(t), tensor, &dtype);
+      auto const data = packed(*store, e, static_cast<int32_t>(t), tensor, &dtype);
       auto const shape =
           tensor.vector ? std::vector<int64_t>{tensor.columns} : std::vector<int64_t>{tensor.rows, tensor.columns};
       tensors += (tensors.empty() ? "" : ",") + json_text(tensor.name) + ":" + described(dtype, shape, data);
@@ -130,7 +138,8 @@ std::string answer(std::string const& line) {
   std::string command;
   words >> command;
   try {
-    return "ok " + (command == "experts" ? read_experts(words) : read_all(words, command == "read"));
+    bool const cut = command == "cut";
+    return "ok " + (cut || command == "experts" ? read_experts(words, cut) : read_all(words, command == "read"));
   } catch (Error const& error) {
     std::string message = error.what();
     for (char& c : message) {

@@ -14,7 +14,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OURS = [
     *(f"ops/core/{name}.cpp" for name in (
         "weight_file", "file_index", "safetensors_file", "zip_index", "npy_header", "npz_file",
-        "host_memory", "expert_source", "expert_names", "expert_store",
+        "host_memory", "parallel", "content_check", "expert_source", "expert_names", "expert_store",
     )),
     "ops/sublayers/registry.cpp",
     "ops/sublayers/slot_layout.cpp",
