@@ -1,4 +1,4 @@
-"""Command line: ``moe-infer rewrite | lower | inspect | run | verify``.
+"""Command line: ``moe-infer rewrite | lower | inspect | run | verify | export``.
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
 (``rewrite``), 4 the models differ (``verify``).
@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import moe_infer
-from moe_infer.commands import verify
+from moe_infer.commands import export, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 
 NOTHING_MATCHED = 3
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     verify.add_parser(commands)
+    export.add_parser(commands)
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name
@@ -159,26 +160,31 @@ def _complete(
 ) -> None:
     """Gives a size to every symbol that has none: sums of others last."""
     mask = next((n for n in inputs if n.endswith("attention_mask")), None)
-    total = _mask_symbol(inputs, mask)
+    query = next((n for n in inputs if n.endswith(("input_ids", "inputs_embeds"))), None)
+    total, batch = _mask_symbol(inputs, mask, 1), _mask_symbol(inputs, mask, 0)
     # GroupQueryAttention takes several new tokens after a past for one sequence only.
     one_batch = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
     for symbol in symbols:
         names = _names(symbol)
         for name in names if names != [symbol] else [symbol]:
-            if name not in sizes and name != total and symbol not in sizes:
+            if name not in sizes and name not in (total, batch) and symbol not in sizes:
                 sizes[name] = _default(name, one_batch)
     if total is not None and total not in sizes and _names(total) == [total]:
-        query = next((n for n in inputs if n.endswith(("input_ids", "inputs_embeds"))), None)
         length = _dim(inputs, query, 1, sizes)
         past = _past(inputs, sizes)
         sizes[total] = past + (length if length is not None else _default("seq", one_batch))
+    if batch is not None and batch not in sizes and _names(batch) == [batch]:
+        rows = _dim(inputs, query, 0, sizes)
+        sizes[batch] = rows if rows is not None else _default("batch", one_batch)
 
 
-def _mask_symbol(inputs: Mapping[str, tuple[int, tuple[Dim, ...]]], mask: str | None) -> str | None:
-    """The symbol of attention_mask's length, if nothing else has it."""
+def _mask_symbol(
+    inputs: Mapping[str, tuple[int, tuple[Dim, ...]]], mask: str | None, axis: int
+) -> str | None:
+    """The symbol of attention_mask's batch or length, if nothing else has it."""
     if mask is None or len(inputs[mask][1]) != 2:
         return None
-    symbol = _symbol(mask, 1, inputs[mask][1][1])
+    symbol = _symbol(mask, axis, inputs[mask][1][axis])
     others = {d for n, (_, dims) in inputs.items() if n != mask for d in dims}
     return symbol if isinstance(symbol, str) and symbol not in others else None
 
@@ -312,3 +318,11 @@ def _values(
 
 def _numpy(element: int) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(element))
+
+
+def ort_value(array: Array) -> ort.OrtValue:
+    """A value for ONNX Runtime, which does not take bfloat16 (``ml_dtypes``) as an array."""
+    if array.dtype.name != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    bits = np.ascontiguousarray(array).view(np.uint16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)

@@ -8,19 +8,18 @@ begins and not only in the logits.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 
 from moe_infer.compare.difference import Array, Tolerance, compare
-from moe_infer.compare.feeds import make_feeds
+from moe_infer.compare.feeds import make_feeds, ort_value
 from moe_infer.compare.report import LayerDifference, VerifyReport
 from moe_infer.compare.taps import add_outputs, without_numpy_type
 from moe_infer.graph.lower_nodes import inline_functions, load_model
+from moe_infer.graph.progress import status
 from moe_infer.graph.replace import REPLACES
 from moe_infer.op import DOMAIN, OP_TYPE
 from moe_infer.runtime.session import InferenceSession, Providers
@@ -31,8 +30,6 @@ TOLERANCES = {
     "bfloat16": Tolerance(1.6e-2, 1.6e-2),
 }
 """By the least exact type of a MoELayer in the graph."""
-
-Step = Callable[[str], None]
 
 
 def verify(
@@ -81,7 +78,7 @@ def verify(
     outputs = [o.name for o in first.graph.output]
     layers = _layers(second)
     tolerance = _tolerance(second, atol, rtol)
-    with _progress(progress) as step:
+    with status(progress) as step:
         step("running the original")
         expected, ran = _run(
             first, first_folder, [r for _, _, r in layers], feeds, original_providers, plain=True
@@ -151,7 +148,7 @@ def _run(
         base_dir=folder,
     )
     values = session.run_with_ort_values(
-        list(names.values()), {name: _ort_value(array) for name, array in feeds.items()}
+        list(names.values()), {name: ort_value(array) for name, array in feeds.items()}
     )
     arrays = {name: value.numpy() for name, value in zip(names, values, strict=True)}
     return arrays, session.moe_provider or session.get_providers()[0]
@@ -164,13 +161,6 @@ def _default_providers() -> list[str]:
     if cuda in ort.get_available_providers() and plugin.gpu_count():
         return [cuda, "CPUExecutionProvider"]
     return ["CPUExecutionProvider"]
-
-
-def _ort_value(array: Array) -> ort.OrtValue:
-    if array.dtype.name != "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-    bits = np.ascontiguousarray(array).view(np.uint16)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
 
 
 def _check_interface(first: onnx.ModelProto, second: onnx.ModelProto) -> None:
@@ -205,16 +195,3 @@ def _tolerance(model: onnx.ModelProto, atol: float | None, rtol: float | None) -
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{label} must be a finite number of at least 0, got {value}")
     return Tolerance(default.atol if atol is None else atol, default.rtol if rtol is None else rtol)
-
-
-@contextmanager
-def _progress(wanted: bool | None) -> Iterator[Step]:
-    import sys
-
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("") as status:
-        yield lambda text: status.update(text)

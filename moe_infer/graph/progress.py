@@ -1,4 +1,4 @@
-"""A progress bar for what takes long: writing weights."""
+"""What is shown while something takes long: a bar for bytes, a line for steps."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def bytes_bar(wanted: bool | None, title: str, total: int) -> Iterator[Callable[
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+@contextmanager
+def status(wanted: bool | None) -> Iterator[Callable[[str], None]]:
+    """A line on standard error; gives the function to call with what is being done.
+
+    Args:
+        wanted: None: if standard error is a terminal.
+    """
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as line:
+        yield lambda text: line.update(text)

@@ -1,0 +1,286 @@
+"""``export_pretrained``: from a folder with a transformers model to a graph with MoELayer nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_infer.graph.progress import status
+from moe_infer.graph.report import RewriteReport
+from moe_infer.graph.rewrite import EXPERTS_NAME, MODEL_NAME, rewrite
+from moe_infer.torch.decoder import Decoder
+from moe_infer.torch.finish import finish
+from moe_infer.torch.replace import ReplaceReport, replace_moe
+
+OPSET = 20
+"""The newest that TensorRT 10 reads in full."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+CHECK_TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+"""Of ``check``, as a share of the largest logit."""
+
+_BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template*",
+)
+"""What generation needs beside the graph."""
+
+
+class ExportError(ValueError):
+    """PyTorch or transformers could not export the model; the message says what helps."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Result of :func:`export_pretrained`.
+
+    Attributes:
+        model_path: the graph.
+        layers: what became MoELayer nodes.
+        difference: of the check, as a share of the largest logit; None if there was none.
+    """
+
+    model_path: Path
+    layers: RewriteReport | ReplaceReport
+    difference: float | None
+
+    def __str__(self) -> str:
+        lines = [str(self.layers)]
+        if isinstance(self.layers, ReplaceReport):
+            lines.append(f"model: {self.model_path}")
+        if self.difference is not None:
+            lines.append(
+                f"largest difference to PyTorch: {self.difference:.3g} of the largest logit"
+            )
+        return "\n".join(lines)
+
+
+def export_pretrained(
+    model_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    insert: bool = False,
+    cached: bool = True,
+    dtype: str | None = None,
+    max_concurrency: int | None = None,
+    opset: int = OPSET,
+    check: bool = False,
+    progress: bool | None = None,
+) -> ExportReport:
+    """Exports a causal language model of transformers 5 with MoELayer nodes.
+
+    Nothing is fetched, and no code of the folder is run. By default the model's experts are set to
+    ``batched_mm``, the form whose export is right for every input, the graph is written to a
+    temporary folder beside ``out_dir`` and rewritten. With ``insert`` the layers are put in before
+    the export (:func:`moe_infer.torch.replace_moe`), which is quicker and needs neither the memory
+    nor the disk for a second copy of the experts.
+
+    Args:
+        model_dir: has ``config.json`` and the weights.
+        out_dir: made if it does not exist; gets ``model.onnx``, ``experts.safetensors``, perhaps
+            ``model.onnx.data``, and the tokenizer's and configuration's files.
+        insert: see above.
+        cached: with a key/value cache as inputs and outputs (see
+            :mod:`moe_infer.torch.decoder`), as text generation needs it.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; None: as the weights are stored.
+        max_concurrency: most experts of a layer on the GPU at once; None: all of them.
+        opset: of the graph.
+        check: run the graph on the CPU and compare its logits with PyTorch's.
+        progress: say what is being done; None: if standard error is a terminal.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no ``config.json`` in it.
+        ExportError: the model could not be loaded or exported.
+        ValueError: an argument is not right, nothing matched, or the check failed.
+    """
+    source, target = Path(model_dir), Path(out_dir)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} has no config.json; expected a folder with a transformers model (a name on a"
+            " hub must be downloaded first)"
+        )
+    if target.exists() and target.resolve() == source.resolve():
+        raise ValueError("out_dir is the model's folder; give another one")
+    with status(progress) as step:
+        step("loading the model")
+        model = load(source, dtype)
+        target.mkdir(parents=True, exist_ok=True)
+        decoder = Decoder(model, cached)
+        example = decoder.example()
+        expected = _logits(decoder, example) if check else None
+        layers: RewriteReport | ReplaceReport
+        if insert:
+            step("writing the experts")
+            layers = replace_moe(
+                model, target / EXPERTS_NAME, max_concurrency=max_concurrency, progress=False
+            )
+            step("exporting")
+            _export(decoder, example, target / MODEL_NAME, opset, insert)
+            finish(target / MODEL_NAME)
+        else:
+            with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as folder:
+                _batched(model)
+                step("exporting")
+                _export(decoder, example, Path(folder) / MODEL_NAME, opset, insert)
+                del model
+                decoder.model = None
+                step("rewriting")
+                layers = rewrite(
+                    Path(folder) / MODEL_NAME,
+                    target,
+                    max_concurrency=max_concurrency,
+                    progress=False,
+                )
+            if not layers:
+                raise ExportError(
+                    f"the exported graph was not rewritten: {layers}; --insert (insert=True) puts"
+                    " MoELayer in before the export"
+                )
+        _copy_beside(source, target)
+        difference = None
+        if expected is not None:
+            step("checking")
+            difference = _check(target / MODEL_NAME, decoder, example, expected)
+    return ExportReport(target / MODEL_NAME, layers, difference)
+
+
+def load(folder: Path, dtype: str | None = None) -> Any:
+    """A causal language model from a local folder, in evaluation mode, with eager attention.
+
+    Raises:
+        ExportError: transformers cannot load it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError(
+            "transformers 5 is needed to load the model; pip install 'transformers>=5'"
+        ) from error
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            attn_implementation="eager",
+        ).eval()
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ExportError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+
+
+def _batched(model: Any) -> None:
+    """The one way to compute experts whose export does not depend on the example's routing."""
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("batched_mm")
+
+
+def _export(
+    decoder: Decoder, example: tuple[Any, ...], path: Path, opset: int, insert: bool
+) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                decoder,
+                example,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=decoder.input_names,
+                output_names=decoder.output_names,
+                dynamic_shapes=decoder.dynamic_shapes(),
+            )
+        if program is None:
+            raise RuntimeError("torch.onnx.export returned no program")
+        program.save(os.fspath(path), external_data=True)
+    except Exception as error:  # PyTorch's exporter lets any exception through
+        raise ExportError(_explain(decoder, error, insert)) from error
+
+
+def _explain(decoder: Decoder, error: Exception, insert: bool) -> str:
+    kind = type(decoder.model).__name__
+    text = f"PyTorch could not export {kind}: {_first_line(_root(error))}"
+    if insert:
+        return text
+    return f"{text}; with --insert (insert=True) the experts are left out of the export"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of a chain of exceptions: PyTorch's exporter wraps them, step by step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _logits(decoder: Decoder, example: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        output = decoder(*example)
+    logits = output[0] if isinstance(output, tuple) else output
+    return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def _check(
+    path: Path, decoder: Decoder, example: tuple[Any, ...], expected: np.ndarray[Any, Any]
+) -> float:
+    """Largest difference of the logits, relative to the largest.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    import onnxruntime as ort
+
+    from moe_infer.compare.feeds import ort_value
+    from moe_infer.runtime.session import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds: dict[str, ort.OrtValue] = {}
+    for name, tensor in zip(decoder.input_names, example, strict=True):
+        feeds[name] = ort_value(_array(tensor))
+    (value,) = session.run_with_ort_values(["logits"], feeds)
+    found = value.numpy().astype(np.float32)
+    difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    kind = str(value.numpy().dtype)
+    if not difference <= CHECK_TOLERANCES.get(kind, CHECK_TOLERANCES["bfloat16"]):
+        raise ValueError(
+            f"the graph's logits differ from PyTorch's by {difference:.3g} of the largest; do not"
+            f" use {path}"
+        )
+    return difference
+
+
+def _array(tensor: Any) -> np.ndarray[Any, Any]:
+    import ml_dtypes
+
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, target / path.name)
