@@ -38,10 +38,21 @@ def edited(path: Path, folder: Path, *edits: Any) -> Path:
     model = onnx.load(path)
     for edit in edits:
         edit(model.graph)
+    _prune(model.graph)
     copy = folder / "edited" / "model.onnx"
     copy.parent.mkdir()
     onnx.save(model, copy)
     return copy
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Removes nodes that nothing reads, as an exporter would."""
+    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
+    dead = [n for n in graph.node if not set(n.output) & read]
+    for node in dead:
+        graph.node.remove(node)
+    if dead:
+        _prune(graph)
 
 
 def refused(path: Path, folder: Path) -> RewriteReport:

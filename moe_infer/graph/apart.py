@@ -8,6 +8,7 @@ stacked weights, the same that a graph with gathered weights gives, so that the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from onnx import NodeProto
@@ -91,17 +92,21 @@ class ApartInterpreter(Interpreter):
         Raises:
             Opaque: the experts differ in more than their weights.
         """
-        leaves = [_leaves(e) for e in experts]
-        if not leaves[0]:
+        weights = [leaves(e) for e in experts]
+        if not weights[0]:
             raise Opaque("an expert without constant weights of its own")
-        if len({len(each) for each in leaves}) != 1:
+        users = Counter(str(e.params[0]) for own in weights for e in own if e.op == "matrix")
+        shared = [name for name, count in users.items() if count > 1]
+        if shared:
+            raise Opaque(f"several experts read the weight '{shared[0]}'")
+        if len({len(each) for each in weights}) != 1:
             raise Opaque("the experts have different numbers of weights")
         stacked = [
             self.algebra.gathered(self._stack(column), index)
-            for column in zip(*leaves, strict=True)
+            for column in zip(*weights, strict=True)
         ]
         first: Expr | None = None
-        for e, (expert, own) in enumerate(zip(experts, leaves, strict=True)):
+        for e, (expert, own) in enumerate(zip(experts, weights, strict=True)):
             made = substituted(self.algebra, expert, dict(zip(own, stacked, strict=True)))
             if first is not None and made is not first:
                 raise Opaque(f"expert {e} computes something else than expert 0")
@@ -127,8 +132,6 @@ class ApartInterpreter(Interpreter):
         shapes = {tuple(self.sizes[f"{name}#{i + 1}"] for i in range(min(ranks))) for name in names}
         if len(ranks) != 1 or len(shapes) != 1:
             raise Opaque(f"the weights {names[0]}, {names[1]}, ... differ in shape")
-        if len(set(names)) != len(names):
-            raise Opaque(f"two experts share a weight: {names[0]}, {names[1]}, ...")
         return self._virtual(names, shapes.pop())
 
     def _virtual(self, names: tuple[str, ...], shape: tuple[int | None, ...]) -> Expr:
@@ -139,7 +142,7 @@ class ApartInterpreter(Interpreter):
         return self.algebra.make("weight", (), (name,), atoms)
 
 
-def _leaves(expr: Expr) -> list[Expr]:
+def leaves(expr: Expr) -> list[Expr]:
     """One expert's own constants, in the order in which they were read first."""
     found: set[Expr] = set()
     seen: set[Expr] = set()

@@ -24,7 +24,9 @@ def _better(new: Match | NearMiss, old: Match | NearMiss) -> bool:
     if isinstance(old, Match):
         return False
     # A later family reads all that an earlier one does, and more.
-    return isinstance(new, Match) or new.stage >= old.stage
+    if isinstance(new, Match) or new.wrong_export != old.wrong_export:
+        return isinstance(new, Match) or new.wrong_export
+    return new.stage >= old.stage
 
 
 def outside(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -691,6 +692,27 @@ class Interpreter:
             values = [a.t for a in node.attribute if a.name == "value"]
             return not values or (not any(values[0].raw_data) and not any(values[0].float_data))
         return False
+
+    @property
+    def recognised(self) -> bool:
+        """Whether what makes the family was there; otherwise it has nothing to say."""
+        return True
+
+    def unfinished(self, expr: Expr) -> bool:
+        """Whether a value is known to be a step on the way to a layer's output."""
+        return False
+
+    def wrong_export(self) -> tuple[str, str] | None:
+        """Whether the exporter left a part of the layer out: the node that shows it, and how."""
+        return None
+
+    def outside(self, expr: Expr) -> tuple[Expr, dict[str, Any]]:
+        """A layer's output without what stays outside the layer, and what that is.
+
+        Returns:
+            the rest, and fields of :class:`moe_infer.graph.match.Match`.
+        """
+        return expr, {}
 
     def describe_opaque(self, index: int) -> tuple[str, str]:
         """A node that was not read: its description and the reason."""

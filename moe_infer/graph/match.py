@@ -60,6 +60,10 @@ class Match:
     """For weights that lie apart in the graph: names of the experts' constants, by the name that
     the parts use for all of them."""
 
+    kept: str = ""
+    """A mask (..., expert_count) of 0 and 1, at most one 1 a token, whose sum over the experts
+    multiplies the layer's output: tokens beyond an expert's capacity have none."""
+
     @property
     def expert_bias(self) -> bool:
         """Whether the experts have biases: it shows in the parts."""
@@ -90,6 +94,9 @@ class NearMiss:
     node: str
     """Where it stopped: the node's name, or its type and first output."""
     reason: str
+    wrong_export: bool = False
+    """True when the block does not compute what the model does; the reason says why and gives the
+    remedy."""
 
     def __str__(self) -> str:
         return f"{self.anchor}: stopped at {self.node}: {self.reason}"

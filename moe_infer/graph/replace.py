@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from moe_infer.graph.match import GraphView, describe, values_read
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name, infer_types
@@ -83,6 +83,7 @@ def check_region(
             f"'{output}'", f"it is not computed from '{hidden_states}'; check the tensors' names"
         )
     made = inner - _views(view, inner, sources)
+    ancestors |= _measured(view, ancestors, made)
     _check_inner_uses(view, made | _shapes_of(view, ancestors, made), output)
     weights = tuple(name for name in constants if _is_weight(view, name))
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
@@ -103,6 +104,7 @@ def replace_with_moe_layer(
     name: str | None = None,
     types: ValueTypes | None = None,
     copy_shared_weights: bool = False,
+    kept: str = "",
 ) -> Replacement:
     """Replaces what lies between ``hidden_states`` (and ``router_logits``) and ``output``.
 
@@ -123,6 +125,8 @@ def replace_with_moe_layer(
         types: of :func:`moe_infer.graph.shapes.infer_types`, before any replacement; inferred here
             when None. They become value_info, since MoELayer has no inference of its own.
         copy_shared_weights: replace although other nodes read a weight; the graph then keeps it.
+        kept: name of a mask (..., expert_count) of 0 and 1 whose sum over the experts multiplies
+            the output; none by default.
 
     Raises:
         ReplaceError: see :func:`check_region`; also when types or shapes do not fit. The model is
@@ -155,7 +159,7 @@ def replace_with_moe_layer(
         **config.to_attributes(),
     )
     node.metadata_props.add(key=REPLACES, value=output)
-    return _replace(view, region, node, output)
+    return _replace(view, region, node, output, kept)
 
 
 def attribute_digest(config: LayerConfig) -> str:
@@ -249,6 +253,29 @@ def _views(view: GraphView, inner: set[int], sources: Collection[str]) -> set[in
             found.add(index)
             same.update(node.output)
     return found
+
+
+def _measured(view: GraphView, ancestors: set[int], made: set[int]) -> set[int]:
+    """Nodes outside that read what is made inside and of whose results only shapes are used."""
+    found: set[int] = set()
+    for index in sorted(made):
+        for value in view.nodes[index].output:
+            for user in view.users.get(value, ()):
+                outputs = view.nodes[user].output
+                after = [u for o in outputs for u in view.users.get(o, ())]
+                measures = all(
+                    u in ancestors and view.nodes[u].op_type in _SHAPE_OPS for u in after
+                )
+                named = any(o in view.graph_outputs for o in outputs)
+                if user not in ancestors and after and measures and not named:
+                    found.add(user)
+                    made_by = (view.position.get(i) for i in view.nodes[user].input)
+                    found |= {i for i in made_by if i is not None and _is_constant(view, i)}
+    return found
+
+
+def _is_constant(view: GraphView, index: int) -> bool:
+    return bool(view.nodes[index].op_type == "Constant")
 
 
 def _shapes_of(view: GraphView, ancestors: set[int], made: set[int]) -> set[int]:
@@ -397,18 +424,22 @@ def _quoted(names: Collection[str]) -> str:
 # Surgery
 
 
-def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> Replacement:
+def _replace(
+    view: GraphView, region: Region, node: NodeProto, output: str, kept: str
+) -> Replacement:
     model, graph, types = view.model, view.graph, view.types
     added = [node]
     # The block may compute in float32 on a float16 input; MoELayer gives its input's type.
     wanted, given = types.element_type(output), types.element_type(node.input[0])
     replaced = node.output[0]
     _add_value_info(graph, types, node.output[0], (node.input[0], output), given)
+    if kept:
+        added += _masked(view, node, kept, given)
+        replaced = added[-1].output[0]
+        _add_value_info(graph, types, replaced, (node.input[0], output), given)
     if wanted and wanted != given:
-        replaced = f"{node.output[0]}.cast"
-        added.append(
-            helper.make_node("Cast", [node.output[0]], [replaced], f"{node.name}.cast", to=wanted)
-        )
+        before, replaced = replaced, f"{node.output[0]}.cast"
+        added.append(helper.make_node("Cast", [before], [replaced], f"{node.name}.cast", to=wanted))
         _add_value_info(graph, types, replaced, (node.input[0], output), wanted)
     if output in view.graph_outputs:
         added.append(helper.make_node("Identity", [replaced], [output], f"{node.name}.output"))
@@ -430,6 +461,25 @@ def _replace(view: GraphView, region: Region, node: NodeProto, output: str) -> R
     names = tuple(describe(n) for n in dead)
     value = output if output in view.graph_outputs else replaced
     return Replacement(node.name, node.output[0], value, names, tuple(sorted(constants)))
+
+
+def _masked(view: GraphView, node: NodeProto, mask: str, kind: int) -> list[NodeProto]:
+    """Nodes that multiply the output by the sum of a mask (..., experts) over the experts."""
+    made, axes = node.output[0], f"{node.output[0]}.experts_axis"
+    view.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), axes))
+    names = [f"{made}.{end}" for end in ("mask", "within_capacity", "masked")]
+    nodes = [
+        helper.make_node("Cast", [mask], [names[0]], f"{node.name}.mask", to=kind),
+        helper.make_node("ReduceSum", [names[0], axes], [names[1]], f"{node.name}.within"),
+        helper.make_node("Mul", [made, names[1]], [names[2]], f"{node.name}.masked"),
+    ]
+    shape = view.types.shape(mask)
+    for name, last in zip(names[:2], (None, 1), strict=True):
+        dims = None if shape is None else [*shape[:-1], shape[-1] if last is None else last]
+        info = helper.make_tensor_value_info(name, kind, dims)
+        view.graph.value_info.append(info)
+        view.types.infos[name] = info
+    return nodes
 
 
 def _rename_input(node: NodeProto, old: str, new: str) -> None:

@@ -46,6 +46,8 @@ class RewriteReport:
     layers: list[LayerReport] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     """Parts of blocks that were left as they were, the nearest to a match first."""
+    wrong_export: bool = False
+    """The exporter left parts of the model out, see the near misses; nothing was written."""
     model_path: Path | None = None
     """None when nothing matched: nothing is written then."""
     data_path: Path | None = None
@@ -63,10 +65,13 @@ class RewriteReport:
             lines.insert(
                 0, f"{_count(len(self.layers), 'MoE layer')} rewritten, {_size(total)} of experts:"
             )
+        elif self.wrong_export:
+            lines.append("the export is wrong; nothing was written")
         else:
             lines.append("no MoE layer was found; nothing was written")
         if self.near_misses:
             title = "left as they were" if self.layers else "the nearest to one"
+            title = "why" if self.wrong_export else title
             lines.append(f"{title}:")
             lines += [f"  {miss}" for miss in self.near_misses]
         elif not self.layers:

@@ -54,7 +54,8 @@ def rewrite(
     if the model has external data left, ``out_dir/model.onnx.data``, each under a temporary name
     first. External data is never loaded whole: memory holds the graph and one tensor of one expert.
 
-    No match is no error: the report says how far the nearest went, and nothing is written. A block
+    No match is no error: the report says how far the nearest went, and nothing is written. Nor is
+    anything written when the exporter left a part of a block out: the model is wrong then. A block
     that cannot be replaced (a weight that is shared, an inner value used elsewhere) is left as it
     is and reported in the same way.
 
@@ -162,6 +163,10 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
             report.near_misses.append(_refused(candidate, error.node, error.reason))
         taken.add(candidate.output)
     report.near_misses += outside(misses, view, regions)
+    wrong = [m for m in report.near_misses if m.wrong_export]
+    if wrong:
+        report.near_misses, report.wrong_export = wrong, True
+        return []
     return layers
 
 
@@ -209,6 +214,7 @@ def _replace(
         name=f"MoELayer.{index}",
         types=types,
         copy_shared_weights=copy_shared,
+        kept=match.kept,
     )
     renamed[match.output] = done.value
     return LayerReport(

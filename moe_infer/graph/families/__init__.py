@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from moe_infer.graph.families import grouped, stacked
+from moe_infer.graph.families import grouped, stacked, unrolled
 from moe_infer.graph.match import GraphView, Match, NearMiss
 
 Family = Callable[[GraphView], Iterator[Match | NearMiss]]
 
-FAMILIES: dict[str, Family] = {"stacked": stacked.find, "grouped": grouped.find}
+FAMILIES: dict[str, Family] = {
+    "stacked": stacked.find,
+    "grouped": grouped.find,
+    "unrolled": unrolled.find,
+}

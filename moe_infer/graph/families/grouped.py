@@ -37,8 +37,14 @@ def find(view: GraphView) -> Iterator[Match | NearMiss]:
 class GroupedInterpreter(ApartInterpreter):
     """Adds the sorted pairs."""
 
+    sorts = False
     chosen: Expr | None = None
     """The experts by which the pairs are sorted; the router chooses once."""
+
+    @property
+    def recognised(self) -> bool:
+        """True when something was sorted by expert."""
+        return self.sorts
 
     @property
     def pairs(self) -> Axis:
@@ -51,6 +57,7 @@ class GroupedInterpreter(ApartInterpreter):
         value = self.value(node.input[0])
         if value is None or value.expr.op != "top_index" or attribute(node, "largest", 1):
             return super()._read_topk(node)
+        self.sorts = True
         if value.axes != (self.pairs,) or not self._all_of(node.input[1], node.input[0]):
             raise Opaque("a sort by expert that is not of all pairs of token and chosen expert")
         perm = self.algebra.make("perm", (), (), self.pairs)

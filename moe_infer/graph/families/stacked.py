@@ -47,6 +47,9 @@ class _Attempt:
     node: str = ""
     reason: str = ""
 
+    wrong_export: bool = False
+    recognised: bool = False
+
     def improve(self, rank: tuple[int, int], node: str, reason: str) -> None:
         if rank >= self.rank:
             self.rank, self.node, self.reason = rank, node, reason
@@ -67,12 +70,14 @@ def search(view: GraphView, family: str, reader: type[Interpreter]) -> Iterator[
     """
     for node in view.nodes:
         if node.op_type in ("TopK", "ArgMax") and node.domain in ("", "ai.onnx"):
-            yield _at(view, node, family, reader)
+            found = _at(view, node, family, reader)
+            if found is not None:
+                yield found
 
 
 def _at(
     view: GraphView, anchor: NodeProto, family: str, reader: type[Interpreter]
-) -> Match | NearMiss:
+) -> Match | NearMiss | None:
     if view.opset < OLDEST_OPSET:
         reason = f"opset {view.opset}; convert the model to {OLDEST_OPSET} or newer"
         return NearMiss(family, describe(anchor), Stage.ROUTER, describe(anchor), reason)
@@ -80,13 +85,19 @@ def _at(
     best = _Attempt()
     reason = "the tensor from which the scores are computed could not be found"
     best.improve((-1, 0), describe(anchor), reason)
+    recognised = reader is Interpreter
     for hidden in _hidden_states(view, logits):
         attempt = _attempt(view, anchor, hidden, logits, family, reader)
         if attempt.match is not None:
             return attempt.match
+        recognised |= attempt.recognised
         if attempt.rank > best.rank:
             best = attempt
-    return NearMiss(family, describe(anchor), best.rank[0], best.node, best.reason)
+    if not recognised:
+        return None
+    return NearMiss(
+        family, describe(anchor), best.rank[0], best.node, best.reason, best.wrong_export
+    )
 
 
 def _logits(view: GraphView, anchor: NodeProto) -> str:
@@ -163,6 +174,7 @@ def _attempt(
         attempt.improve((Stage.ROUTER, 0), describe(anchor), str(reason))
         return attempt
     reader.run()
+    attempt.recognised = reader.recognised
     anchor_index = view.position[anchor.output[-1]]
     if anchor_index in reader.opaque:
         attempt.improve((Stage.ROUTER, 0), *reader.describe_opaque(anchor_index))
@@ -172,8 +184,11 @@ def _attempt(
     for name, value in sorted(reader.env.items(), key=lambda i: view.position.get(i[0], -1)):
         if value.axes != reader.output_axes or name not in view.position:
             continue
+        if reader.unfinished(value.expr):
+            continue
         try:
-            found = match_layer(value.expr, reader)
+            expr, more = reader.outside(value.expr)
+            found = {**match_layer(expr, reader), **more}
         except Mismatch as miss:
             node = describe(view.nodes[view.position[name]])
             attempt.improve((_stage(value.expr), miss.stage), node, miss.reason)
@@ -182,6 +197,11 @@ def _attempt(
         same = bool(outputs) and value.expr is reader.env[outputs[-1]].expr
         outputs = [*outputs, name] if same else [name]
         fields = found
+    wrong = None if outputs else reader.wrong_export()
+    if wrong is not None:
+        attempt.improve((Stage.COMBINED, Stage.COMBINED), *wrong)
+        attempt.wrong_export = True
+        return attempt
     if not outputs:
         _explain(view, reader, attempt)
         return attempt
