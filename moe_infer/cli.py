@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import moe_infer
-from moe_infer.commands import export, verify
+from moe_infer.commands import export, plan, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 
 NOTHING_MATCHED = 3
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--tokens", type=int, metavar="N", help="ask the GPU for the workspace of N tokens too"
     )
+    plan.add_options(inspect)
     inspect.add_argument("--json", action="store_true", help="for machines")
     inspect.set_defaults(command=_inspect)
 
@@ -141,6 +142,8 @@ def _lower(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.plan:
+        return plan.run(options)
     layers = moe_infer.inspect_model(options.model, tokens=options.tokens)
     if options.json:
         print(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))

@@ -26,7 +26,7 @@ from layer_models import (
 )
 from moe_infer import reference
 from moe_infer.op import SUBLAYERS
-from moe_infer.runtime import plugin, session
+from moe_infer.runtime import plugin, profiles, session
 from moe_infer.runtime.expert_use import count_expert_use
 from moe_infer.runtime.profiles import make_profiles, parse_range
 from moe_infer.weights import open_expert_weights, open_weight_file
@@ -530,3 +530,125 @@ def test_the_environment_asks_for_checks_of_the_weights(
     monkeypatch.setenv("MOE_INFER_CHECK_CRC", "1")
     with pytest.raises(moe_infer.WeightFileError, match=r"'0/up_weight\.npy' are damaged \(CRC"):
         moe_infer.InferenceSession(model.SerializeToString(), providers=CPU)
+
+
+# --- Symbolic dimensions in sums, and runs outside the ranges
+
+
+def test_ranges_of_sums() -> None:
+    inputs = {"ids": ["batch", "seq"], "mask": ["batch", "past + seq"], "key": ["batch", 2, "past"]}
+    found = make_profiles(inputs, {"batch": (1, 1, 2), "seq": (1, 4, 9), "past": (0, 5, 100)})
+    assert found.shapes["mask"] == ((1, 1), (1, 9), (2, 109))
+    assert found.shapes["key"] == ((1, 2, 0), (1, 2, 5), (2, 2, 100))
+    assert "mask 1x1 to 2x109, usually 1x9" in str(found)
+    left = make_profiles({"x": ["total - past"]}, {"total": (4, 6, 8), "past": (1, 2, 3)})
+    assert left.shapes["x"] == ((1,), (4,), (7,))
+    with pytest.raises(ValueError, match=r"symbolic dimensions are batch, past, past \+ seq, seq"):
+        make_profiles(inputs, {"length": (1, 1, 1)})
+
+
+def test_ranges_of_values_at_which_the_graph_is_cut() -> None:
+    """An operator that TensorRT has not gives a value to what comes after it."""
+    nodes = [
+        onnx.helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft"),
+        onnx.helper.make_node("Gelu", ["x"], ["z"], domain="com.microsoft"),
+        onnx.helper.make_node("Add", ["y", "z"], ["s"]),
+    ]
+    make = onnx.helper.make_tensor_value_info
+    infos = [make("y", 1, ["n * seq", 8]), make("z", 1, ["other", 8]), make("s", 1, ["n", 8])]
+    graph = onnx.helper.make_graph(
+        nodes, "g", [make("x", 1, ["n", "seq", 8])], [], value_info=infos
+    )
+    ranges = {"n": (1, 2, 4), "seq": (1, 3, 5)}
+    inputs = make_profiles({"x": ["n", "seq", 8]}, ranges)
+    found = profiles.border_profiles(onnx.helper.make_model(graph), ranges, inputs)
+    assert found.shapes == {
+        "x": ((1, 1, 8), (2, 3, 8), (4, 5, 8)),
+        "y": ((1, 8), (6, 8), (20, 8)),
+    }
+
+
+def test_a_growing_sequence_is_told_once() -> None:
+    watch = profiles.ShapeWatch({"x": [1, "seq"], "fixed": [3]}, None)
+    assert watch.look({"x": (1, 5), "fixed": (3,)}) == ""
+    assert watch.look({"x": (1, 5)}) == ""
+    assert "input 'x' has shape (1, 6), outside of what came before" in watch.look({"x": (1, 6)})
+    assert watch.look({"x": (1, 7)}) == ""
+
+
+def test_a_run_outside_the_ranges_is_an_error() -> None:
+    inputs = {"x": [1, "seq"]}
+    watch = profiles.ShapeWatch(inputs, make_profiles(inputs, {"seq": (1, 4, 8)}))
+    assert watch.look({"x": (1, 8)}) == ""
+    for shape in ((1, 9), (1, 0), (1,)):
+        with pytest.raises(ValueError, match=r"was made for \(1, 1\) to \(1, 8\)"):
+            watch.look({"x": shape})
+
+
+def test_dims_go_to_tensorrt_and_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    recorder = Recorder(monkeypatch)
+    with caplog.at_level(logging.INFO, "moe_infer"):
+        made = moe_infer.InferenceSession(path, dims={"batch": (1, 1, 8), "seq": (1, 4, 64)})
+    ((_, _, _, options, _),) = recorder.calls
+    assert options[0]["trt_profile_max_shapes"] == "x:8x64x16,logits:8x64x4"
+    assert made.profiles is not None
+    assert "TensorRT builds its engine for x 1x1x16 to 8x64x16" in caplog.text
+    with pytest.raises(ValueError, match=r"x' has shape \(9, 2, 16\)"):
+        made.run(None, {"x": np.zeros((9, 2, 16), np.float32)})
+    with pytest.raises(ValueError, match="dims: 'seq' must have three numbers"):
+        moe_infer.InferenceSession(path, dims={"seq": (1, 2)})
+    with pytest.raises(ValueError, match="both in input_shapes and in dims"):
+        moe_infer.InferenceSession(path, input_shapes={"seq": (1, 2, 3)}, dims={"seq": (1, 2, 3)})
+
+
+def test_a_session_without_ranges_warns_when_the_sequence_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    Recorder(monkeypatch)
+    monkeypatch.setattr(ort.InferenceSession, "run", lambda *_: [])
+    made = moe_infer.InferenceSession(path)
+    with caplog.at_level(logging.WARNING, "moe_infer"):
+        for length in (2, 3, 4):
+            made.run(None, {"x": np.zeros((1, length, 16)), "logits": np.zeros((1, length, 4))})
+    assert caplog.text.count("TensorRT builds its engine again") == 1
+
+
+def test_on_the_cpu_every_length_is_as_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    made = moe_infer.InferenceSession(
+        path, providers=CPU, dims={"batch": (1, 1, 1), "seq": (1, 1, 1)}
+    )
+    assert made.profiles is None
+    for length in (1, 5):
+        made.run(None, {n: a[:1, :length] for n, a in FEEDS.items()})
+    assert "TensorRT builds" not in caplog.text
+
+
+def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from moe_infer.cli import main
+    from moe_infer.runtime.plan import plan
+
+    two = [attributes_in(tmp_path), {**attributes_in(tmp_path)}]
+    path = saved(tmp_path, two)
+    told = plan(path, CPU)
+    assert told.lowered
+    assert told.layers == {"moe_0": CPU, "moe_1": CPU}
+    (part,) = told.parts
+    assert part.provider == CPU[0]
+    assert part.operators["com.microsoft.MoE"] == 2
+    assert sum(part.operators.values()) == len(part.nodes) == part.parts
+    assert main(["inspect", str(path), "--plan", "--provider", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 com.microsoft.MoE" in shown
+    assert "moe_1: CPUExecutionProvider, lowered to standard operators" in shown
+    assert main(["inspect", str(path), "--plan", "--provider", "cpu", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["providers"][0]["operators"]["com.microsoft.MoE"] == 2

@@ -8,7 +8,6 @@ All other inputs get unit variance, or 0 and 1 where they are whole numbers.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from moe_infer.graph.dimensions import evaluate, names_in
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name
 
 Array = np.ndarray[Any, Any]
@@ -118,7 +118,7 @@ def _sizes(
             if isinstance(s, str)
         )
     )
-    known = sorted({n for s in symbols for n in _names(s)} | set(symbols))
+    known = sorted({n for s in symbols for n in names_in(s)} | set(symbols))
     sizes: Sizes = {}
     for name, size in dims.items():
         if name not in known:
@@ -165,15 +165,15 @@ def _complete(
     # GroupQueryAttention takes several new tokens after a past for one sequence only.
     one_batch = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
     for symbol in symbols:
-        names = _names(symbol)
+        names = names_in(symbol)
         for name in names if names != [symbol] else [symbol]:
             if name not in sizes and name not in (total, batch) and symbol not in sizes:
                 sizes[name] = _default(name, one_batch)
-    if total is not None and total not in sizes and _names(total) == [total]:
+    if total is not None and total not in sizes and names_in(total) == [total]:
         length = _dim(inputs, query, 1, sizes)
         past = _past(inputs, sizes)
         sizes[total] = past + (length if length is not None else _default("seq", one_batch))
-    if batch is not None and batch not in sizes and _names(batch) == [batch]:
+    if batch is not None and batch not in sizes and names_in(batch) == [batch]:
         rows = _dim(inputs, query, 0, sizes)
         sizes[batch] = rows if rows is not None else _default("batch", one_batch)
 
@@ -212,58 +212,8 @@ def _default(symbol: str, one_batch: bool) -> int:
     return _OTHER_DEFAULT
 
 
-def _names(symbol: str) -> list[str]:
-    """Symbols in a dimension's text; exporters write sums such as ``past + seq``."""
-    tree = _parse(symbol)
-    if tree is None:
-        return [symbol]
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-
-
-def _parse(symbol: str) -> ast.expr | None:
-    """The text as an expression of names, numbers, + - * and //; None: it is a plain name."""
-    try:
-        tree = ast.parse(symbol, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    operators = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)
-    for node in ast.walk(tree):
-        fine = (
-            isinstance(node, (ast.Name, ast.Load, *operators))
-            or (isinstance(node, ast.BinOp) and isinstance(node.op, operators))
-            or (isinstance(node, ast.Constant) and type(node.value) is int)
-        )
-        if not fine:
-            return None
-    return tree
-
-
 def _size(symbol: int | str, sizes: Sizes) -> int:
-    if isinstance(symbol, int):
-        return symbol
-    if symbol in sizes:
-        return sizes[symbol]
-    tree = _parse(symbol)
-    if tree is None:
-        raise ValueError(f"dimension '{symbol}' has no size; give one")
-    size = _evaluate(tree, sizes)
-    if size < 0:
-        raise ValueError(f"dimension '{symbol}' is {size} with {sizes}; give other sizes")
-    return size
-
-
-def _evaluate(tree: ast.expr, sizes: Sizes) -> int:
-    if isinstance(tree, ast.Constant):
-        return int(tree.value)  # type: ignore[arg-type]
-    if isinstance(tree, ast.Name):
-        return sizes[tree.id]
-    assert isinstance(tree, ast.BinOp)
-    left, right = _evaluate(tree.left, sizes), _evaluate(tree.right, sizes)
-    if isinstance(tree.op, ast.Add):
-        return left + right
-    if isinstance(tree.op, ast.Sub):
-        return left - right
-    return left * right if isinstance(tree.op, ast.Mult) else left // max(right, 1)
+    return symbol if isinstance(symbol, int) else evaluate(symbol, sizes)
 
 
 # Values

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
+
+import onnx
+
+from moe_infer.graph.dimensions import evaluate, names_in
+from moe_infer.graph.shapes import ValueTypes
+from moe_infer.op import DOMAIN
 
 Shape = tuple[int, ...]
 Dims = Sequence[int | str | None]
 """Of a graph's input: a number, a symbol, or None."""
 
 _NAMES = ("smallest", "usual", "largest")
+_OF_TENSORRT = ("", "ai.onnx", DOMAIN)
+"""Domains whose operators TensorRT's provider takes, those that TensorRT has."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,13 @@ class Profiles:
     """Smallest, usual and largest shape of every dynamic input."""
 
     shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{name} {' to '.join('x'.join(map(str, s)) for s in (smallest, largest))}, usually"
+            f" {'x'.join(map(str, usual))}"
+            for name, (smallest, usual, largest) in self.shapes.items()
+        )
 
     def provider_options(self) -> dict[str, str]:
         """Options of ONNX Runtime's TensorRT provider."""
@@ -36,7 +52,8 @@ def make_profiles(inputs: Mapping[str, Dims], input_shapes: Mapping[str, Any]) -
     Args:
         inputs: dimensions of each input.
         input_shapes: either three shapes (smallest, usual, largest) under an input's name, or three
-            numbers under the name of a symbolic dimension, for all inputs that have it.
+            numbers under the name of a symbolic dimension, for all inputs that have it, alone or in
+            a sum such as ``past + seq``.
 
     Returns:
         Ranges of the dynamic inputs.
@@ -50,7 +67,15 @@ def make_profiles(inputs: Mapping[str, Dims], input_shapes: Mapping[str, Any]) -
     for name, value in input_shapes.items():
         parsed = _triple(name, value)
         if isinstance(parsed[0], int):
-            known = sorted({d for dims in inputs.values() for d in dims if isinstance(d, str)})
+            known = sorted(
+                {
+                    n
+                    for dims in inputs.values()
+                    for d in dims
+                    if isinstance(d, str)
+                    for n in (d, *names_in(d))
+                }
+            )
             if name not in known:
                 raise ValueError(
                     f"input_shapes: no input has a dimension '{name}'; symbolic dimensions are"
@@ -140,13 +165,121 @@ def _checked(
 def _from_symbols(
     name: str, dims: Dims, symbols: Mapping[str, Shape]
 ) -> tuple[Shape, Shape, Shape]:
-    missing = [str(d) for d in dims if not isinstance(d, int) and d not in symbols]
+    missing = [str(d) for d in dims if not isinstance(d, int) and not _known(d, symbols)]
     if missing:
         raise ValueError(
             f"input_shapes: input '{name}' of shape {tuple(dims)} is dynamic and has no range; give"
             f" three shapes for '{name}', or three numbers for each of its dimensions"
         )
     smallest, usual, largest = (
-        tuple(d if isinstance(d, int) else symbols[str(d)][i] for d in dims) for i in range(3)
+        tuple(d if isinstance(d, int) else _size(str(d), symbols, i) for d in dims)
+        for i in range(3)
     )
     return smallest, usual, largest
+
+
+def _known(dim: int | str | None, symbols: Mapping[str, Shape]) -> bool:
+    return dim in symbols or (dim is not None and set(names_in(str(dim))) <= set(symbols))
+
+
+def _size(symbol: str, symbols: Mapping[str, Shape], which: int) -> int:
+    """Smallest, usual or largest size of a dimension that may be a sum or product of others."""
+    if symbol in symbols:
+        return symbols[symbol][which]
+    names = names_in(symbol)
+    if which == 1:
+        return evaluate(symbol, {name: symbols[name][1] for name in names})
+    # A difference is smallest where what is subtracted is largest, so all corners are looked at.
+    corners = product(*((symbols[name][0], symbols[name][2]) for name in names))
+    sizes = [evaluate(symbol, dict(zip(names, corner, strict=True))) for corner in corners]
+    return min(sizes) if which == 0 else max(sizes)
+
+
+def border_profiles(
+    model: onnx.ModelProto, input_shapes: Mapping[str, Any], profiles: Profiles
+) -> Profiles:
+    """Adds the values at which ONNX Runtime has to cut the graph for TensorRT.
+
+    With given ranges TensorRT's provider wants one for every dynamic input of each of its parts,
+    and where an operator of another domain lies between them, such an input is that operator's
+    output. Values whose dimensions do not follow from the ranges are left out.
+
+    Args:
+        model: with value_info.
+        input_shapes: as for :func:`make_profiles`.
+        profiles: of the graph's inputs.
+    """
+    symbols = {n: tuple(v) for n, v in input_shapes.items() if all(_is_size(x) for x in v)}
+    stated = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
+    types = ValueTypes(stated)
+    shapes = dict(profiles.shapes)
+    for node in model.graph.node:
+        if node.domain in _OF_TENSORRT:
+            continue
+        for name in node.output:
+            dims = types.shape(name)
+            if dims is None or all(isinstance(d, int) for d in dims):
+                continue
+            if all(isinstance(d, int) or _known(d, symbols) for d in dims):
+                shapes[name] = _from_symbols(name, dims, symbols)
+    return Profiles(shapes)
+
+
+class ShapeWatch:
+    """Looks at the shapes that a session on TensorRT is run with.
+
+    Args:
+        inputs: dimensions of each input.
+        profiles: the ranges; None: TensorRT makes its own from the first run and widens them.
+    """
+
+    def __init__(self, inputs: Mapping[str, Dims], profiles: Profiles | None) -> None:
+        self._dynamic = [n for n, d in inputs.items() if any(not isinstance(x, int) for x in d)]
+        self._profiles = profiles
+        self._seen: dict[str, tuple[Shape, Shape]] = {}
+        self._warned = False
+
+    def look(self, shapes: Mapping[str, Shape]) -> str:
+        """What to warn of because of a run with these shapes, "" for nothing; warns once.
+
+        Raises:
+            ValueError: a shape is outside the ranges.
+        """
+        for name in self._dynamic:
+            if name in shapes and self._profiles is not None:
+                self._check(name, shapes[name], self._profiles)
+        if self._profiles is not None:
+            return ""
+        grown = [name for name in self._dynamic if name in shapes and self._grow(name, shapes)]
+        if not grown or self._warned:
+            return ""
+        self._warned = True
+        name = grown[0]
+        return (
+            f"input '{name}' has shape {shapes[name]}, outside of what came before: TensorRT builds"
+            " its engine again, which takes long, each time this happens; give the ranges when the"
+            ' session is made, such as dims={"batch": (1, 1, 8), "seq": (1, 1, 4096)}'
+        )
+
+    def _check(self, name: str, shape: Shape, profiles: Profiles) -> None:
+        smallest, _, largest = profiles.shapes[name]
+        inside = len(shape) == len(smallest) and all(
+            low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True)
+        )
+        if not inside:
+            raise ValueError(
+                f"input '{name}' has shape {shape}, but the session was made for {smallest} to"
+                f" {largest}; make it with wider ranges"
+            )
+
+    def _grow(self, name: str, shapes: Mapping[str, Shape]) -> bool:
+        """Widens what was seen; True if it had to, and not for the first run."""
+        shape = shapes[name]
+        if name not in self._seen or len(shape) != len(self._seen[name][0]):
+            self._seen[name] = (shape, shape)
+            return False
+        low, high = self._seen[name]
+        low, high = tuple(map(min, low, shape)), tuple(map(max, high, shape))
+        grown = (low, high) != self._seen[name]
+        self._seen[name] = (low, high)
+        return grown

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -32,7 +33,7 @@ from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model,
 from moe_infer.inspect import LayerInfo, describe
 from moe_infer.runtime import plugin
 from moe_infer.runtime.expert_use import ExpertUse, add_taps, count
-from moe_infer.runtime.profiles import make_profiles
+from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
 from moe_infer.weights import check_content, resolve_weight_path
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
@@ -63,7 +64,11 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         provider_options: as for ONNX Runtime.
         input_shapes: ranges of dynamic inputs, which TensorRT builds its engine for: three shapes
             (smallest, usual, largest) under an input's name, or three numbers under the name of a
-            symbolic dimension. Checked on every provider.
+            symbolic dimension. Checked on every provider. Without ranges TensorRT builds its engine
+            for the first run's shapes and again whenever a run is outside of those before, of which
+            the logger ``moe_infer`` warns once; with them a run outside is an error.
+        dims: ranges of symbolic dimensions, such as ``{"batch": (1, 1, 8), "seq": (1, 1, 4096)}``;
+            the same as in ``input_shapes``.
         expert_use: make :attr:`expert_use` tell which experts the last run used.
         base_dir: folder of weight files and external data for a model given by its bytes.
 
@@ -71,6 +76,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         moe_layers: what :func:`moe_infer.inspect_model` tells of the layers.
         moe_provider: provider that runs the layers; None for a model without any.
         lowered: True if the layers were replaced by standard operators.
+        profiles: the ranges that TensorRT was given, of inputs and of values at which the graph has
+            to be cut; None without ranges or TensorRT. They are logged, too.
 
     Raises:
         FileNotFoundError: the model or a weight file is nowhere.
@@ -87,6 +94,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         provider_options: Sequence[dict[Any, Any]] | None = None,
         input_shapes: Mapping[str, Any] | None = None,
         *,
+        dims: Mapping[str, tuple[int, int, int]] | None = None,
         expert_use: bool = False,
         base_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
@@ -95,7 +103,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         model = inline_functions(model)
         layers = read_layers(model, folder)
         asked = _normalize(providers, provider_options)
-        profiles = make_profiles(_inputs(model), input_shapes) if input_shapes else None
+        ranges = _ranges(input_shapes, dims)
+        profiles = make_profiles(_inputs(model), ranges) if ranges else None
         choice = _choose(asked, bool(layers))
         self.moe_layers: list[LayerInfo] = [describe(layer) for layer in layers]
         self.lowered = bool(layers) and choice.moe_provider != TENSORRT_PROVIDER
@@ -113,9 +122,15 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             prepared = _lower(model, folder, choice.moe_provider, layers, options)
         elif layers:
             prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps) or given_bytes)
+        self.profiles: Profiles | None = None
+        self._watch: ShapeWatch | None = None
+        if self.moe_provider == TENSORRT_PROVIDER:
+            self._watch = ShapeWatch(_inputs(model), profiles)
             if profiles is not None:
+                self.profiles = border_profiles(model, ranges, profiles)
                 options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
-                options_of_tensorrt.update(profiles.provider_options())
+                options_of_tensorrt.update(self.profiles.provider_options())
+                _logger.info("TensorRT builds its engine for %s", self.profiles)
         self._kept_alive = prepared.kept_alive
         if self.lowered and choice.reason:
             _say_once(choice)
@@ -152,6 +167,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         run_options: ort.RunOptions | None = None,
     ) -> list[Any]:
         """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
+        self._look({name: np.shape(value) for name, value in input_feed.items()})
         if not self._taps:
             plain: list[Any] = super().run(output_names, input_feed, run_options)
             return plain
@@ -160,6 +176,20 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         tapped = values[len(names) :]
         self._expert_use = [count(*pair) for pair in zip(self._layers, tapped, strict=True)]
         return list(values[: len(names)])
+
+    def run_with_ort_values(
+        self,
+        output_names: Sequence[str] | None,
+        input_dict_ort_values: Mapping[str, ort.OrtValue],
+        run_options: ort.RunOptions | None = None,
+    ) -> Any:
+        """As ONNX Runtime's; looks at the shapes as :meth:`run` does."""
+        self._look({n: tuple(v.shape()) for n, v in input_dict_ort_values.items()})
+        return super().run_with_ort_values(output_names, input_dict_ort_values, run_options)
+
+    def _look(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if self._watch is not None and (warning := self._watch.look(shapes)):
+            _logger.warning("%s", warning)
 
     def get_outputs(self) -> list[Any]:
         """The model's outputs, without those that are there for ``expert_use`` alone."""
@@ -368,6 +398,23 @@ def _add_native_error(error: Exception, moe_provider: str | None) -> None:
         said = plugin.load().moe_infer_last_error().decode(errors="replace")
         if said and said not in str(error):
             error.args = (f"{error}; the plugin says: {said}", *error.args[1:])
+
+
+def _ranges(
+    input_shapes: Mapping[str, Any] | None, dims: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    ranges = dict(input_shapes or {})
+    for name, numbers in (dims or {}).items():
+        if name in ranges:
+            raise ValueError(f"'{name}' has a range both in input_shapes and in dims; give one")
+        whole = isinstance(numbers, Sequence) and all(isinstance(n, int) for n in numbers)
+        if not whole or len(numbers) != 3:
+            raise ValueError(
+                f"dims: '{name}' must have three numbers (smallest, usual, largest), got"
+                f" {numbers!r}; whole shapes go to input_shapes"
+            )
+        ranges[name] = tuple(numbers)
+    return ranges
 
 
 def _inputs(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
