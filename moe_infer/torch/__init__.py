@@ -20,6 +20,7 @@ from moe_infer.torch.adapter import (
     stacked,
 )
 from moe_infer.torch.export import export
+from moe_infer.torch.export_errors import explain_export_error
 from moe_infer.torch.finish import finish
 from moe_infer.torch.layer import MoELayer
 from moe_infer.torch.pretrained import ExportError, ExportReport, export_pretrained
@@ -35,6 +36,7 @@ __all__ = [
     "ReplacedLayer",
     "RoutedExperts",
     "Weight",
+    "explain_export_error",
     "export",
     "export_pretrained",
     "finish",

@@ -17,6 +17,7 @@ from moe_infer.graph.progress import status
 from moe_infer.graph.report import RewriteReport
 from moe_infer.graph.rewrite import EXPERTS_NAME, MODEL_NAME, rewrite
 from moe_infer.torch.decoder import Decoder
+from moe_infer.torch.export_errors import explain_export_error
 from moe_infer.torch.finish import finish
 from moe_infer.torch.replace import ReplaceReport, replace_moe
 
@@ -217,6 +218,9 @@ def _export(
 def _explain(decoder: Decoder, error: Exception, insert: bool) -> str:
     kind = type(decoder.model).__name__
     text = f"PyTorch could not export {kind}: {_first_line(_root(error))}"
+    known = explain_export_error(error)
+    if known is not None:
+        return f"PyTorch could not export {kind}: {known}"
     if insert:
         return text
     return f"{text}; with --insert (insert=True) the experts are left out of the export"
