@@ -53,18 +53,25 @@ moe (float[n, 6] x) => (float[n, 6] y)
 """
 
 
-def block(changes: dict[str, str] | None = None, half: bool = False) -> onnx.ModelProto:
+def changed(text: str, changes: dict[str, str]) -> str:
+    """A model's text with parts replaced by others; each must occur exactly once."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def block(
+    changes: dict[str, str] | None = None, half: bool = False, text: str = ""
+) -> onnx.ModelProto:
     """The block with random weights, and with parts of its text changed.
 
     Args:
         changes: text to be replaced by text; each must occur exactly once.
         half: the experts' weights are float16 and cast in the graph.
+        text: instead of the block's; values whose shape it states become initializers.
     """
-    text = BLOCK
-    for old, new in (changes or {}).items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    model = onnx.parser.parse_model(text)
+    model = onnx.parser.parse_model(changed(text or BLOCK, changes or {}))
     generator = np.random.default_rng(7)
     for info in model.graph.value_info:
         shape = [d.dim_value for d in info.type.tensor_type.shape.dim]

@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from onnx import NodeProto
 
 from moe_infer.graph.expression import Algebra, Expr
-from moe_infer.graph.interpreter import Interpreter, Opaque, Value
+from moe_infer.graph.interpreter import Opaque, Value
 from moe_infer.graph.match import attribute
+from moe_infer.graph.routing import RoutingInterpreter
 
 
-class ApartInterpreter(Interpreter):
+class ApartInterpreter(RoutingInterpreter):
     """Adds one expert's slice of a stacked weight, and the merging of experts."""
 
-    DEMANDED = (*Interpreter.DEMANDED, "Split", "Slice", "Gather")
+    DEMANDED = (*RoutingInterpreter.DEMANDED, "Split", "Slice", "Gather")
     MOST_NODES = 200_000
     """An expert has up to 40 nodes in a traced graph, and a layer up to 1,024 experts."""
 

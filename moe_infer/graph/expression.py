@@ -12,11 +12,12 @@ functions (softmax, sigmoid) of the scores.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Params = tuple[str | int | float, ...]
+
+_CONSTANT = ("const", "vector")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Expr:
     """Axes along which it varies."""
     serial: int
     routed: bool
-    """True when it is computed from the router's scores and not from the hidden states."""
+    """True when it is computed from the router's scores and constants, not from hidden states."""
 
     def __str__(self) -> str:
         inner = ", ".join([*map(str, self.params), *map(str, self.args)])
@@ -62,7 +63,8 @@ class Algebra:
             found = (
                 frozenset().union(*(a.atoms for a in args)) if atoms is None else frozenset(atoms)
             )
-            routed = op == "router_logits" or (bool(args) and all(a.routed for a in args))
+            depends = [a for a in args if a.op not in _CONSTANT]
+            routed = op == "router_logits" or (bool(depends) and all(a.routed for a in depends))
             self._table[key] = Expr(op, args, params, found, len(self._table), routed)
         return self._table[key]
 
@@ -145,20 +147,50 @@ class Algebra:
         """Softmax along an atom."""
         return self.make("softmax", (e,), (atom,))
 
-    def top_index(self, scores: Expr, k: int) -> Expr:
-        """Experts with the ``k`` largest scores, best first."""
+    def clip(self, e: Expr, low: float, high: float) -> Expr:
+        """``e`` between two numbers, which may be infinite."""
+        if e.op == "clip":
+            inner_low, inner_high = (float(p) for p in e.params)
+            if max(low, inner_low) <= min(high, inner_high):
+                return self.clip(e.args[0], max(low, inner_low), min(high, inner_high))
+        unbounded = low == float("-inf") and high == float("inf")
+        return e if unbounded else self.make("clip", (e,), (low, high))
+
+    def largest(self, values: Iterable[Expr]) -> Expr:
+        """The largest of several values."""
+        return self.make("max", sorted(set(values), key=lambda e: e.serial))
+
+    def where(self, condition: Expr, a: Expr, b: Expr) -> Expr:
+        """``a`` where the condition holds, else ``b``."""
+        if condition.op == "not":
+            return self.where(condition.args[0], b, a)
+        a, b = (self.const(float("-inf")) if _lowest(e) else e for e in (a, b))
+        return self.make("where", (condition, a, b))
+
+    def top_index(self, scores: Expr, k: int, axis: str = "e") -> Expr:
+        """Where the ``k`` largest are along an axis: of experts, or ``g`` of groups, ``i`` in one.
+
+        Best first, along the atom :func:`chosen_atom`.
+        """
         while scores.op in ("softmax", "sigmoid"):
             scores = scores.args[0]
-        atoms = scores.atoms - {"e"} | ({"k"} if k > 1 else set())
-        return self.make("top_index", (scores,), (k,), atoms)
+        atoms = _without(scores.atoms, axis) | ({chosen_atom(axis)} if k > 1 else set())
+        return self.make("top_index", (scores,), (k,) if axis == "e" else (k, axis), atoms)
 
     def at(self, source: Expr, index: Expr) -> Expr:
-        """Value of ``source`` at the chosen expert."""
-        return self.make("at", (source, index), (), source.atoms - {"e"} | index.atoms)
+        """Value of ``source`` at the chosen expert (or group, or place in a group)."""
+        atoms = _without(source.atoms, index_axis(index)) | index.atoms
+        return self.make("at", (source, index), (), atoms)
 
     def one_hot(self, index: Expr) -> Expr:
-        """1 where the expert is the chosen one, else 0."""
-        return self.make("one_hot", (index,), (), index.atoms | {"e"})
+        """1 where the expert (or group, or place in a group) is the chosen one, else 0."""
+        return self.make("one_hot", (index,), (), index.atoms | {index_axis(index)})
+
+    def stack(self, choices: Iterable[Expr]) -> Expr:
+        """Values, or indices, of several choices that were made one after the other."""
+        choices = tuple(choices)
+        atoms = frozenset({"k"}).union(*(c.atoms for c in choices))
+        return self.make("stack", choices, (), atoms)
 
     def gathered(self, weight: Expr, index: Expr) -> Expr:
         """A stacked weight at the chosen expert."""
@@ -186,74 +218,39 @@ def terms_of(e: Expr) -> tuple[Expr, ...]:
     return e.args if e.op == "add" else (e,)
 
 
+def is_index(e: Expr) -> bool:
+    """True for the chosen experts of each token."""
+    if e.op == "stack":
+        return all(is_index(a) for a in e.args)
+    return e.op == "top_index" and index_axis(e) == "e"
+
+
+def index_axis(index: Expr) -> str:
+    """The axis of which an index tells places: ``e``, ``g`` or ``i``."""
+    return str(index.params[1]) if len(index.params) > 1 else "e"
+
+
+def chosen_atom(axis: str) -> str:
+    """The axis of the several largest along ``axis``."""
+    return "k" if axis == "e" else f"k{axis}"
+
+
+def _without(atoms: frozenset[str], axis: str) -> frozenset[str]:
+    """Atoms when one place of an axis is taken; ``e`` is ``g`` and ``i`` together."""
+    if axis == "e":
+        return atoms - {"e", "g", "i"}
+    other = "i" if axis == "g" else "g"
+    return atoms - {"e", axis} | ({other} if "e" in atoms else set())
+
+
+def _lowest(e: Expr) -> bool:
+    """Minus infinity, or float32's smallest number, which authors write for it."""
+    return e.op == "const" and e.value <= -3.4e38
+
+
 def _constant_along(e: Expr, atom: str) -> bool:
     # A stored weight's own axes ("name#1") take another name where they meet an activation's, so
     # an expression that still has some may vary along any atom.
+    if atom == "e" and e.atoms & {"g", "i"}:
+        return False
     return atom not in e.atoms and not any("#" in a for a in e.atoms)
-
-
-def evaluate(e: Expr, variable: Expr, x: float) -> float | None:
-    """Value of an expression of one variable at ``x``; None if it depends on anything else."""
-    if e is variable:
-        return x
-    if e.op == "const":
-        return e.value
-    if e.op not in _FUNCTIONS or not e.args:
-        return None
-    values = [evaluate(a, variable, x) for a in e.args]
-    if any(v is None for v in values):
-        return None
-    try:
-        return _FUNCTIONS[e.op]([v for v in values if v is not None])
-    except (ValueError, OverflowError, ZeroDivisionError):
-        return None
-
-
-def _gelu(x: float) -> float:
-    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
-
-
-def _gelu_tanh(x: float) -> float:
-    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-_FUNCTIONS: dict[str, Callable[[list[float]], float]] = {
-    "mul": math.prod,
-    "add": math.fsum,
-    "recip": lambda v: 1 / v[0],
-    "sqrt": lambda v: math.sqrt(v[0]),
-    "rsqrt": lambda v: 1 / math.sqrt(v[0]),
-    "sigmoid": lambda v: 1 / (1 + math.exp(-v[0])),
-    "tanh": lambda v: math.tanh(v[0]),
-    "exp": lambda v: math.exp(v[0]),
-    "erf": lambda v: math.erf(v[0]),
-    "relu": lambda v: max(v[0], 0.0),
-    "gelu": lambda v: _gelu(v[0]),
-    "gelu_tanh": lambda v: _gelu_tanh(v[0]),
-}
-
-ACTIVATIONS: dict[str, Callable[[float], float]] = {
-    "silu": lambda x: x / (1 + math.exp(-x)),
-    "gelu_tanh": _gelu_tanh,
-    "gelu": _gelu,
-    "relu": lambda x: max(x, 0.0),
-    "identity": lambda x: x,
-}
-
-_SAMPLES = (-6.0, -3.1, -1.7, -0.75, -0.2, 0.0, 0.3, 0.9, 1.6, 2.8, 5.5)
-
-
-def activation_name(e: Expr, variable: Expr) -> str | None:
-    """Which activation an expression of one variable computes, found by its values.
-
-    Comparing values and not form takes every way of writing one; 1e-5 tells tanh's from erf's gelu
-    (4.7e-4 apart) and leaves room for constants rounded to float32.
-    """
-    values = [evaluate(e, variable, x) for x in _SAMPLES]
-    if any(v is None for v in values):
-        return None
-    for name, function in ACTIVATIONS.items():
-        wanted = [function(x) for x in _SAMPLES]
-        if all(v is not None and abs(v - w) <= 1e-5 for v, w in zip(values, wanted, strict=True)):
-            return name
-    return None

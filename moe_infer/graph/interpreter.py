@@ -5,27 +5,31 @@ expert) pairs, ``()`` an axis of size 1. A reshape keeps the order of all atoms 
 them, so that Reshape, Unsqueeze, Squeeze, Expand and Transpose leave the expression as it is, and
 whatever mixes axes in another way is refused with its reason.
 
-Atoms: the tokens (``t``, or ``b`` and ``s``), ``k`` chosen experts, ``e`` experts, ``d`` hidden
-states, ``h{size}`` intermediate, ``{weight}#{axis}`` of a stored weight.
+Atoms: the tokens (``t``, or ``b`` and ``s``), ``k`` chosen experts, ``e`` experts, which are ``g``
+groups of ``i`` where the graph groups them, ``d`` hidden states, ``h{size}`` intermediate,
+``{weight}#{axis}`` of a stored weight.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, numpy_helper
 
-from moe_infer.graph.expression import Algebra, Expr
+from moe_infer.graph.expression import Algebra, Expr, chosen_atom, index_axis, is_index
 from moe_infer.graph.match import GraphView, attribute, describe, text_attribute
+from moe_infer.graph.shape_values import ShapeValues
 
 Axis = tuple[str, ...]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-_INDEX_OPS = ("top_index", "tokens", "arange_e", "one_hot", "const")
+_INDEX_OPS = ("top_index", "stack", "tokens", "arange_e", "one_hot", "const")
+_NOT_READ = ("Shape", "Size")
+"""They are evaluated where a shape is needed."""
 _DEMANDED = (
     "Cast",
     "Transpose",
@@ -33,7 +37,9 @@ _DEMANDED = (
     "Unsqueeze",
     "Squeeze",
     "Reshape",
+    "Flatten",
     "Expand",
+    "Tile",
     "Range",
     "Constant",
 )
@@ -65,7 +71,7 @@ class Interpreter:
     """Nodes read from one starting point; a MoE block on stacked weights has a few dozen."""
 
     def __init__(self, view: GraphView, hidden_states: str, logits: str) -> None:
-        """Starts at two tensors of rank 2 or 3.
+        """Starts at two tensors of rank 2 or 3; logits of rank 2 may go with hidden states of 3.
 
         Raises:
             Opaque: their shapes are not known well enough.
@@ -76,8 +82,13 @@ class Interpreter:
         self.top_nodes: dict[Expr, NodeProto] = {}
         self.stacks: dict[str, tuple[str, ...]] = {}
         """Names given to weights that lie apart in the graph, one constant for each expert."""
+        self.shapes = ShapeValues(view, self.dims)
         shape, scores = view.types.shape(hidden_states), view.types.shape(logits)
-        if shape is None or scores is None or len(shape) != len(scores) or len(shape) not in (2, 3):
+        if (
+            shape is None
+            or scores is None
+            or (len(shape), len(scores)) not in ((2, 2), (3, 2), (3, 3))
+        ):
             raise Opaque(f"'{hidden_states}' and '{logits}' have no common rank of 2 or 3")
         d, e = shape[-1], scores[-1]
         if not isinstance(d, int) or not isinstance(e, int) or e < 2 or d < 2:
@@ -86,10 +97,12 @@ class Interpreter:
         self.sizes: dict[str, int | None] = {"d": d, "e": e, "k": None}
         for atom, size in zip(self.tokens, shape, strict=False):
             self.sizes[atom] = size if isinstance(size, int) else None
-        leading = tuple((a,) for a in self.tokens)
+        flat = len(scores) == 2
+        apart = tuple((a,) for a in self.tokens)
+        leading: tuple[Axis, ...] = (self.tokens,) if flat else apart
         self.x = self.algebra.make("hidden_states", (), (), (*self.tokens, "d"))
         self.logits = self.algebra.make("router_logits", (), (), (*self.tokens, "e"))
-        self.env[hidden_states] = Value((*leading, ("d",)), self.x)
+        self.env[hidden_states] = Value((*apart, ("d",)), self.x)
         self.env[logits] = Value((*leading, ("e",)), self.logits)
         self.output_axes = (*leading, ("d",))
 
@@ -128,6 +141,8 @@ class Interpreter:
         if node.domain in ("", "ai.onnx"):
             reader = getattr(self, f"_read_{node.op_type.lower()}", None)
         outputs = [o for o in node.output if o]
+        if reader is None and node.op_type in _NOT_READ:
+            return []
         if all(o in self.env for o in outputs):
             return outputs
         try:
@@ -151,6 +166,17 @@ class Interpreter:
                 raise Opaque(f"its input '{name}' is an input of the graph, not a constant")
             raise Opaque(f"its input '{name}' does not come from the layer's input or a constant")
         return value
+
+    def dims(self, name: str) -> tuple[int | str | None, ...] | None:
+        """Dimensions of a tensor, from the graph's types or, where these end, from its axes."""
+        stated = self.view.types.shape(name)
+        value = self.env.get(name)
+        if value is None:
+            return stated
+        sizes = tuple(map(self._size, value.axes))
+        if stated is None or len(stated) != len(sizes):
+            return sizes
+        return tuple(n if n is not None else s for s, n in zip(stated, sizes, strict=True))
 
     def _size(self, axis: Axis) -> int | None:
         total = 1
@@ -180,6 +206,9 @@ class Interpreter:
         tensor = view.constants.get(name)
         if tensor is None or tensor.data_type not in _FLOATS:
             return None
+        if tensor.dims and tensor.dims[-1] == experts == np.prod(tensor.dims, dtype=np.int64):
+            axes = (*((),) * (len(tensor.dims) - 1), ("e",))
+            return Value(axes, algebra.make("vector", (), (name,), ("e",)))
         if len(tensor.dims) < 2 or tensor.dims[0] != experts:
             return None
         atoms = ["e", *(f"{name}#{i}" for i in range(1, len(tensor.dims)))]
@@ -229,11 +258,27 @@ class Interpreter:
         order = given[0] if given else list(range(len(value.axes)))[::-1]
         return [Value(tuple(value.axes[i] for i in order), value.expr)]
 
+    def _ints(self, name: str) -> list[int] | None:
+        """Values of a small integer tensor, constant or computed from known dimensions."""
+        found = self.shapes.ints(name)
+        if found is None or any(v is None for v in found):
+            return None
+        return [v for v in found if v is not None]
+
+    def _target(self, node: NodeProto) -> list[int | None] | None:
+        """Dimensions that a node's second input asks for, or else those of its output."""
+        asked = self.shapes.ints(node.input[1])
+        stated = self.view.types.shape(node.output[0])
+        known = None if stated is None else [n if isinstance(n, int) else None for n in stated]
+        if asked is None or known is None or len(asked) != len(known):
+            return known if asked is None else asked
+        return [k if a is None else a for a, k in zip(asked, known, strict=True)]
+
     def _axes(self, node: NodeProto, rank: int, position: int = 1) -> list[int]:
         given = [list(a.ints) for a in node.attribute if a.name == "axes"]
         axes = given[0] if given else None
         if axes is None and len(node.input) > position and node.input[position]:
-            axes = self.view.ints(node.input[position])
+            axes = self._ints(node.input[position])
             if axes is None:
                 raise Opaque("axes that are not constant")
         if axes is None:
@@ -247,7 +292,7 @@ class Interpreter:
         count = (
             len(self._axes(node, 64))
             if len(node.input) < 2
-            else len(self.view.ints(node.input[1]) or ())
+            else len(self._ints(node.input[1]) or ())
         )
         axes = self._axes(node, len(value.axes) + count)
         rest = iter(value.axes)
@@ -267,24 +312,27 @@ class Interpreter:
 
     def _read_reshape(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
-        target: list[int | None] | None = None
-        given = self.view.ints(node.input[1])
-        if given is not None:
-            target = list(given)
-            if not attribute(node, "allowzero", 0):
-                # A 0 copies the input's dimension.
-                for i, n in enumerate(given):
-                    if n == 0:
-                        target[i] = self._size(value.axes[i]) if i < len(value.axes) else None
+        target = self._target(node)
         if target is None:
-            shape = self.view.types.shape(node.output[0])
-            if shape is None:
-                raise Opaque("a Reshape whose result has no known shape")
-            target = [n if isinstance(n, int) else None for n in shape]
+            raise Opaque("a Reshape whose result has no known shape")
+        if not attribute(node, "allowzero", 0):
+            # A 0 copies the input's dimension.
+            for i, n in enumerate(target):
+                if n == 0:
+                    target[i] = self._size(value.axes[i]) if i < len(value.axes) else None
         return [self._regroup(value, target)]
 
+    def _read_flatten(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        rank, axis = len(value.axes), attribute(node, "axis", 1)
+        if not -rank <= axis <= rank:
+            raise Opaque(f"a Flatten at axis {axis} of rank {rank}")
+        axis = axis % rank if axis < rank else rank
+        halves = (value.axes[:axis], value.axes[axis:])
+        return [Value(tuple(_joined(a for g in half for a in g) for half in halves), value.expr)]
+
     def _regroup(self, value: Value, target: Sequence[int | None]) -> Value:
-        atoms = list(value.atoms)
+        atoms = list(_joined(value.atoms))
         dims = [None if n is None or n < 0 else n for n in target]
         right: list[Axis] = []
         while dims and dims[-1] is not None:
@@ -309,33 +357,64 @@ class Interpreter:
             if not atoms:
                 raise Opaque("a Reshape to more elements than there are")
             atom = atoms.pop(end)
-            taken.append(atom)
             known = self.sizes.get(atom)
             if known is None:
                 raise Opaque(f"a Reshape that gives the axis {atom} a fixed size")
+            if atom == "e" and not taken and size < known:
+                kept, rest = self._grouped(size, end)
+                atoms.insert(len(atoms) if end == -1 else 0, rest)
+                atom, known = kept, size
+            taken.append(atom)
             product *= known
         if product != size:
             raise Opaque(f"a Reshape that cuts the axis {taken} into pieces of {size}")
         return tuple(taken if end == 0 else taken[::-1])
 
+    def _grouped(self, size: int, end: int) -> tuple[str, str]:
+        """Cuts the axis of the experts into groups; the part of this size, and the other one."""
+        experts = self.sizes["e"]
+        assert experts is not None
+        if size < 1 or experts % size:
+            raise Opaque(f"a Reshape that cuts {experts} experts into pieces of {size}")
+        groups, members = (size, experts // size) if end == 0 else (experts // size, size)
+        if self.sizes.setdefault("g", groups) != groups:
+            raise Opaque(f"the experts are grouped by {groups} and by {self.sizes['g']}")
+        self.sizes["i"] = members
+        return ("g", "i") if end == 0 else ("i", "g")
+
     def _read_expand(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
-        given = self.view.ints(node.input[1])
-        shape = given if given is not None else self.view.types.shape(node.output[0])
+        shape = self._target(node)
         if shape is None or len(shape) < len(value.axes):
             raise Opaque("an Expand whose result has no known shape")
+        return [self._repeated(value, shape)]
+
+    def _read_tile(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        repeats = self.shapes.ints(node.input[1])
+        if repeats is None or len(repeats) != len(value.axes):
+            raise Opaque("a Tile with repetitions that are not known")
+        for axis, count in zip(value.axes, repeats, strict=True):
+            if axis and count != 1:
+                raise Opaque(f"a Tile that repeats the axis {axis}")
+        return [self._repeated(value, repeats)]
+
+    def _repeated(self, value: Value, shape: Sequence[int | None]) -> Value:
+        """Repeats axes of size 1 to the sizes given; None: a size that depends on the tokens."""
         axes = [()] * (len(shape) - len(value.axes)) + list(value.axes)
         for i, size in enumerate(shape):
             if axes[i] or size == 1:
                 continue
-            if size in (self.sizes["k"], self.sizes["e"]) and isinstance(size, int):
+            if i and axes[i - 1] == ("g",) and size == self.sizes["i"]:
+                axes[i] = ("i",)
+            elif size is not None and size in (self.sizes["k"], self.sizes["e"]):
                 atom = "k" if size == self.sizes["k"] and "k" not in value.atoms else "e"
                 axes[i] = (atom,)
-            elif not isinstance(size, int) and i == 0 and not set(self.tokens) & set(value.atoms):
+            elif size is None and i == 0 and not set(self.tokens) & set(value.atoms):
                 axes[i] = self.tokens
             else:
-                raise Opaque(f"an Expand to {list(shape)} repeats along an axis that is not known")
-        return [Value(tuple(axes), value.expr)]
+                raise Opaque(f"values are repeated to {list(shape)}, along an axis not known")
+        return Value(tuple(axes), value.expr)
 
     def _half(self, value: Value, axis: int, start: int, step: int, count: int) -> Value:
         group = value.axes[axis]
@@ -357,7 +436,7 @@ class Interpreter:
     def _read_split(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
         axis = attribute(node, "axis", 0) % len(value.axes)
-        sizes = self.view.ints(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        sizes = self._ints(node.input[1]) if len(node.input) > 1 and node.input[1] else None
         total = self._size(value.axes[axis])
         if (
             len(node.output) != 2
@@ -369,11 +448,11 @@ class Interpreter:
 
     def _read_slice(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
-        starts, ends = (self.view.ints(node.input[i]) for i in (1, 2))
+        starts, ends = (self._ints(node.input[i]) for i in (1, 2))
         if starts is None or ends is None or len(starts) != 1 or len(node.input) < 4:
             raise Opaque("a Slice of more than one axis, or with bounds that are not constant")
         axis = self._axes(node, len(value.axes), 3)[0]
-        steps = self.view.ints(node.input[4]) if len(node.input) > 4 else [1]
+        steps = self._ints(node.input[4]) if len(node.input) > 4 else [1]
         size = self._size(value.axes[axis])
         if size is None or not steps or steps[0] < 1:
             raise Opaque("a Slice of an axis whose size is not known")
@@ -459,6 +538,17 @@ class Interpreter:
 
     def _read_relu(self, node: NodeProto) -> list[Value]:
         return self._function(node, "relu")
+
+    def _read_clip(self, node: NodeProto) -> list[Value]:
+        bounds = []
+        for position, none in ((1, -np.inf), (2, np.inf)):
+            name = node.input[position] if position < len(node.input) else ""
+            bound = self.view.small(name) if name else np.array(none)
+            if bound is None or bound.size != 1:
+                raise Opaque("a Clip between bounds that are not constant")
+            bounds.append(float(bound.ravel()[0]))
+        value = self._input(node, 0)
+        return [Value(value.axes, self.algebra.clip(value.expr, *bounds))]
 
     def _read_gelu(self, node: NodeProto) -> list[Value]:
         tanh = text_attribute(node, "approximate", "none") == "tanh"
@@ -574,20 +664,25 @@ class Interpreter:
     def _top(self, node: NodeProto, axis: int, k: int, keep: bool) -> list[Value]:
         value = self._input(node, 0)
         axis %= len(value.axes)
-        if value.axes[axis] != ("e",):
+        along = value.axes[axis]
+        if along not in (("e",), ("g",), ("i",)):
             raise Opaque("the largest are not taken along the axis of the experts")
-        if k > 1 and self.sizes["k"] not in (None, k):
-            raise Opaque(f"a second selection, of {k} experts beside {self.sizes['k']}")
+        size = self._size(along)
+        if size is not None and k > size:
+            raise Opaque(f"the {k} largest of {size} are taken")
+        atom = chosen_atom(along[0])
+        if k > 1 and self.sizes.get(atom) not in (None, k):
+            raise Opaque(f"a second selection, of {k} experts beside {self.sizes[atom]}")
         if k > 1:
-            self.sizes["k"] = k
-        chosen: tuple[Axis, ...] = (("k",),) if k > 1 else ((),) if keep else ()
+            self.sizes[atom] = k
+        chosen: tuple[Axis, ...] = ((atom,),) if k > 1 else ((),) if keep else ()
         axes = (*value.axes[:axis], *chosen, *value.axes[axis + 1 :])
-        index = self.algebra.top_index(value.expr, k)
+        index = self.algebra.top_index(value.expr, k, along[0])
         self.top_nodes.setdefault(index, node)
         return [Value(axes, self.algebra.at(value.expr, index)), Value(axes, index)]
 
     def _read_topk(self, node: NodeProto) -> list[Value]:
-        count = self.view.ints(node.input[1])
+        count = self._ints(node.input[1])
         if not attribute(node, "largest", 1):
             raise Opaque("TopK takes the smallest scores (largest=0)")
         if not count or count[0] < 1:
@@ -617,7 +712,7 @@ class Interpreter:
 
     def _read_onehot(self, node: NodeProto) -> list[Value]:
         index = self._input(node, 0)
-        depth, values = self.view.ints(node.input[1]), self.view.small(node.input[2])
+        depth, values = self._ints(node.input[1]), self.view.small(node.input[2])
         if index.expr.op != "top_index" or depth != [self.sizes["e"]]:
             raise Opaque("a OneHot that is not of the chosen expert over all experts")
         if values is None or list(values.ravel()) != [0, 1]:
@@ -643,7 +738,7 @@ class Interpreter:
             if data.axes[axis] != self.tokens:
                 raise Opaque("rows are taken by token of something that has no row for each token")
             return Value(axes, data.expr)
-        if index.op != "top_index":
+        if not is_index(index):
             raise Opaque("an index that is neither the chosen expert nor the token")
         if data.axes[axis] != ("e",):
             raise Opaque("the chosen expert indexes an axis that is not that of the experts")
@@ -656,7 +751,7 @@ class Interpreter:
         axis = attribute(node, "axis", 0) % len(data.axes)
         rest = [i for i in range(len(data.axes)) if i != axis]
         if (
-            index.expr.op != "top_index"
+            not is_index(index.expr)
             or data.axes[axis] != ("e",)
             or len(index.axes) != len(data.axes)
         ):
@@ -666,32 +761,52 @@ class Interpreter:
         return [Value(index.axes, self.algebra.at(data.expr, index.expr))]
 
     def _read_scatterelements(self, node: NodeProto) -> list[Value]:
-        index, updates = self._input(node, 1), self._input(node, 2)
+        index = self._input(node, 1)
         axis = attribute(node, "axis", 0) % len(index.axes)
-        chosen = ("k",) if index.expr.atoms & {"k"} else ()
-        if index.expr.op != "top_index" or index.axes[axis] != chosen or index.axes != updates.axes:
-            raise Opaque("a scatter that does not write the chosen experts' values")
-        if text_attribute(node, "reduction", "none") not in ("none", "add") or not self._zeros(
-            node.input[0]
-        ):
+        along = index_axis(index.expr)
+        atom = chosen_atom(along)
+        chosen = (atom,) if index.expr.atoms & {atom} else ()
+        if index.expr.op != "top_index" or index.axes[axis] != chosen:
+            raise Opaque("a scatter that does not write at the chosen experts")
+        number = self._filled(node.input[2])
+        if number is None:
+            updates = self._input(node, 2)
+            if index.axes != updates.axes:
+                raise Opaque("a scatter that does not write the chosen experts' values")
+            written = updates.expr
+        else:
+            written = self.algebra.const(number)
+        axes = (*index.axes[:axis], (along,), *index.axes[axis + 1 :])
+        hot = self.algebra.one_hot(index.expr)
+        reduction = text_attribute(node, "reduction", "none")
+        if self._zeros(node.input[0]) and reduction in ("none", "add"):
+            expr = self.algebra.mul((hot, written))
+            return [Value(axes, self._sum_over(chosen, expr))]
+        if chosen or reduction != "none":
             raise Opaque("a scatter into something that is not known to be zero")
-        expr = self.algebra.mul((self.algebra.one_hot(index.expr), updates.expr))
-        axes = (*index.axes[:axis], ("e",), *index.axes[axis + 1 :])
-        return [Value(axes, self._sum_over(chosen, expr))]
+        data = self._input(node, 0)
+        if data.axes != axes:
+            raise Opaque("a scatter into something that has no value for each expert")
+        return [Value(axes, self.algebra.where(hot, written, data.expr))]
 
     def _zeros(self, name: str) -> bool:
+        return self._filled(name) == 0
+
+    def _filled(self, name: str) -> float | None:
+        """The number of which a tensor consists, of whatever shape."""
         small = self.view.small(name)
         if small is not None:
-            return not np.any(small)
+            values = set(small.ravel().tolist())
+            return float(values.pop()) if len(values) == 1 else None
         node = self.view.producer(name)
         if node is None:
-            return False
+            return None
         if node.op_type in ("Expand", "Cast", "Identity", "Reshape"):
-            return self._zeros(node.input[0])
+            return self._filled(node.input[0])
         if node.op_type == "ConstantOfShape":
-            values = [a.t for a in node.attribute if a.name == "value"]
-            return not values or (not any(values[0].raw_data) and not any(values[0].float_data))
-        return False
+            given = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
+            return float(given[0].ravel()[0]) if given and given[0].size else 0.0
+        return None
 
     @property
     def recognised(self) -> bool:
@@ -721,3 +836,14 @@ class Interpreter:
 
 def _is_weight(value: Value) -> bool:
     return value.expr.op in ("weight", "gathered", "picked", "matrix")
+
+
+def _joined(atoms: Iterable[str]) -> Axis:
+    """Atoms in order, groups and their members together as experts again."""
+    joined: list[str] = []
+    for atom in atoms:
+        if atom == "i" and joined[-1:] == ["g"]:
+            joined[-1] = "e"
+        else:
+            joined.append(atom)
+    return tuple(joined)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,6 +60,10 @@ class Match:
     stacks: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """For weights that lie apart in the graph: names of the experts' constants, by the name that
     the parts use for all of them."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Attributes of the operator that only some routers and sub-layers have."""
+    router_bias: str = ""
+    """Name of the constant (expert_count) that is added to the scores for choosing."""
 
     kept: str = ""
     """A mask (..., expert_count) of 0 and 1, at most one 1 a token, whose sum over the experts

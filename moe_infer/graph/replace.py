@@ -47,6 +47,8 @@ class Replacement:
     removed_nodes: tuple[str, ...]
     removed_constants: tuple[str, ...]
     """Initializers, and outputs of Constant nodes, that nothing reads any more."""
+    left: frozenset[str]
+    """Values inside the layer that are still computed, for their shape; see `remove_unread`."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,14 @@ def check_region(
         raise ReplaceError(
             f"'{output}'", f"it is not computed from '{hidden_states}'; check the tensors' names"
         )
-    made = inner - _views(view, inner, sources)
-    ancestors |= _measured(view, ancestors, made)
-    _check_inner_uses(view, made | _shapes_of(view, ancestors, made), output)
+    own = inner - _views(view, inner, sources)
+    ancestors |= _measured(view, ancestors, own)
+    shapes = _shapes(view, ancestors, own)
+    _check_inner_uses(view, own, inner | shapes, output)
+    # The shape of what only the router computes may be used outside: exporters share equal shapes
+    # among layers. What gives it then stays, and goes when its last reader goes.
+    heavy = _after_matrices(view, own, constants)
+    _check_inner_uses(view, _shapes(view, ancestors, heavy), ancestors, output)
     weights = tuple(name for name in constants if _is_weight(view, name))
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
     cast = {o for i in ancestors - inner for o in view.nodes[i].output}
@@ -278,18 +285,34 @@ def _is_constant(view: GraphView, index: int) -> bool:
     return bool(view.nodes[index].op_type == "Constant")
 
 
-def _shapes_of(view: GraphView, ancestors: set[int], made: set[int]) -> set[int]:
-    """Ancestors that only shapes of what is made inside reach."""
+def _shapes(view: GraphView, ancestors: set[int], values: set[int]) -> set[int]:
+    """Ancestors that compute with the shapes of what other ancestors give."""
     found: set[int] = set()
-    reached = {o for i in made for o in view.nodes[i].output if o}
-    for index in sorted(ancestors - made):
-        if any(i in reached for i in view.nodes[index].input):
+    inside = {o for i in values for o in view.nodes[i].output}
+    shapes: set[str] = set()
+    for index in sorted(ancestors):
+        node = view.nodes[index]
+        read = inside if node.op_type in _SHAPE_OPS else shapes
+        if any(i in read for i in node.input if i):
+            found.add(index)
+            shapes.update(node.output)
+    return found
+
+
+def _after_matrices(view: GraphView, inner: set[int], constants: Collection[str]) -> set[int]:
+    """Inner nodes that depend on constants of two or more dimensions: on experts, not on biases."""
+    found: set[int] = set()
+    reached = {name for name in constants if len(view.constants[name].dims) > 1}
+    for index in sorted(inner):
+        if any(i in reached for i in view.nodes[index].input if i):
             found.add(index)
             reached.update(view.nodes[index].output)
     return found
 
 
-def _check_inner_uses(view: GraphView, inner: set[int], output: str) -> None:
+def _check_inner_uses(
+    view: GraphView, inner: set[int], allowed: Collection[int], output: str
+) -> None:
     """What is made inside must be read inside; views of the sources are not among ``inner``."""
     for index in sorted(inner):
         node = view.nodes[index]
@@ -302,7 +325,7 @@ def _check_inner_uses(view: GraphView, inner: set[int], output: str) -> None:
                     f"its output '{value}', inside the layer, is an output of the graph",
                 )
             for user in view.users.get(value, ()):
-                if user not in inner:
+                if user not in allowed:
                     raise ReplaceError(
                         describe(node),
                         f"its output '{value}', inside the layer, is also used by"
@@ -460,7 +483,36 @@ def _replace(
     add_opset(model)
     names = tuple(describe(n) for n in dead)
     value = output if output in view.graph_outputs else replaced
-    return Replacement(node.name, node.output[0], value, names, tuple(sorted(constants)))
+    inner = {o for i in region.inner for o in view.nodes[i].output if o}
+    left = frozenset(inner - values - {output})
+    return Replacement(node.name, node.output[0], value, names, tuple(sorted(constants)), left)
+
+
+def remove_unread(model: onnx.ModelProto, candidates: Collection[str]) -> None:
+    """Removes the nodes that make these values and that nothing reads any more."""
+    view = GraphView(model, ValueTypes(), Path("."))
+    nodes = {view.position[c] for c in candidates if c in view.position}
+    uses = {name: len(users) for name, users in view.users.items()}
+    dead: set[int] = set()
+    constants: set[str] = set()
+    for index in sorted(nodes, reverse=True):
+        node = view.nodes[index]
+        if any(uses.get(o, 0) or o in view.graph_outputs for o in node.output if o):
+            continue
+        dead.add(index)
+        for name in dict.fromkeys(values_read(node)):
+            uses[name] -= 1
+            if not uses[name] and name in view.constants and name not in view.graph_outputs:
+                constants.add(name)
+    if not dead:
+        return
+    dead |= {view.position[name] for name in constants if name in view.position}
+    keep = [node for i, node in enumerate(view.nodes) if i not in dead]
+    gone = {o for i in dead for o in view.nodes[i].output}
+    del model.graph.node[:]
+    model.graph.node.extend(keep)
+    _remove(model.graph.initializer, constants)
+    _remove(model.graph.value_info, gone | constants)
 
 
 def _masked(view: GraphView, node: NodeProto, mask: str, kind: int) -> list[NodeProto]:

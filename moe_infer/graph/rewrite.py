@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from moe_infer.graph.candidates import candidates, outside
@@ -16,7 +18,7 @@ from moe_infer.graph.experts_file import (
     open_constants,
     write_experts,
 )
-from moe_infer.graph.external import all_tensors, model_dir
+from moe_infer.graph.external import Constant, all_tensors, model_dir
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.progress import bytes_bar
 from moe_infer.graph.replace import (
@@ -24,6 +26,7 @@ from moe_infer.graph.replace import (
     add_value_info,
     check_region,
     check_types,
+    remove_unread,
     replace_with_moe_layer,
 )
 from moe_infer.graph.report import LayerReport, RewriteReport
@@ -99,11 +102,15 @@ def rewrite(
             digest = open_weight_file(experts).digest
     named = experts.name if expert_weight_file is None else _relative(experts, target)
     renamed: dict[str, str] = {}
+    left: set[str] = set()
     for i, layer in enumerate(layers):
         config = _config(layer[0], i, named, digest, max_concurrency)
         if expert_weight_file is not None:
             open_expert_weights(config, layer[0].d_model, base_dir=target)
-        report.layers.append(_replace(proto, types, i, layer, config, copy_shared_weights, renamed))
+        report.layers.append(
+            _replace(proto, types, i, layer, config, copy_shared_weights, renamed, left)
+        )
+    remove_unread(proto, left)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
@@ -155,6 +162,7 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
             )
             regions.append(region.ancestors)
             # Before anything is written: the file and its digest do not matter here.
+            candidate = _with_router_bias(candidate, view)
             config = _config(candidate, 0, EXPERTS_NAME, "", None)
             names = candidate.hidden_states, candidate.output, candidate.router_logits
             check_types(view, *names, config)
@@ -168,6 +176,15 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
         report.near_misses, report.wrong_export = wrong, True
         return []
     return layers
+
+
+def _with_router_bias(match: Match, view: GraphView) -> Match:
+    """The match with the values of the bias among the attributes."""
+    if not match.router_bias:
+        return match
+    bias = Constant(view.constants[match.router_bias], view.base_dir)
+    values = np.concatenate([bias.entry(i).ravel() for i in range(bias.shape[0])])
+    return replace(match, options={**match.options, "router_bias": tuple(map(float, values))})
 
 
 def _refused(match: Match, node: str, reason: str) -> NearMiss:
@@ -190,6 +207,7 @@ def _config(
             "moe_variant": match.router,
             "normalize_routing_weights": int(match.normalize),
             "expert_bias": int(match.expert_bias),
+            **match.options,
         }
     )
 
@@ -202,6 +220,7 @@ def _replace(
     config: LayerConfig,
     copy_shared: bool,
     renamed: dict[str, str],
+    left: set[str],
 ) -> LayerReport:
     match, constants = layer
     done = replace_with_moe_layer(
@@ -217,6 +236,7 @@ def _replace(
         kept=match.kept,
     )
     renamed[match.output] = done.value
+    left |= done.left
     return LayerReport(
         index=index,
         family=match.family,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from moe_infer.graph.families import grouped, stacked, unrolled
+from moe_infer.graph.families import fused, grouped, stacked, unrolled
 from moe_infer.graph.match import GraphView, Match, NearMiss
 
 Family = Callable[[GraphView], Iterator[Match | NearMiss]]
@@ -17,4 +17,5 @@ FAMILIES: dict[str, Family] = {
     "stacked": stacked.find,
     "grouped": grouped.find,
     "unrolled": unrolled.find,
+    "fused": fused.find,
 }

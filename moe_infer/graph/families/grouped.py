@@ -17,7 +17,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.apart import ApartInterpreter
-from moe_infer.graph.expression import Expr
+from moe_infer.graph.expression import Expr, is_index
 from moe_infer.graph.families.stacked import search
 from moe_infer.graph.interpreter import Axis, Opaque, Value
 from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, text_attribute
@@ -25,7 +25,7 @@ from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, text_at
 NAME = "grouped"
 
 _WHOLE = (TensorProto.INT64, TensorProto.INT32)
-_EXACT = ("top_index", "tokens", "arange_e", "one_hot", "const", "count", "ends", "picked")
+_EXACT = ("top_index", "stack", "tokens", "arange_e", "one_hot", "const", "count", "ends", "picked")
 """Whole numbers small enough that a Cast between types keeps them, and what is picked of them."""
 
 
@@ -55,7 +55,7 @@ class GroupedInterpreter(ApartInterpreter):
 
     def _read_topk(self, node: NodeProto) -> list[Value]:
         value = self.value(node.input[0])
-        if value is None or value.expr.op != "top_index" or attribute(node, "largest", 1):
+        if value is None or not is_index(value.expr) or attribute(node, "largest", 1):
             return super()._read_topk(node)
         self.sorts = True
         if value.axes != (self.pairs,) or not self._all_of(node.input[1], node.input[0]):
@@ -93,7 +93,7 @@ class GroupedInterpreter(ApartInterpreter):
         left, right = self._input(node, 0), self._input(node, 1)
         if left.expr.op == "perm" and right.expr.op == "const" and right.expr.value <= 0:
             return [Value(left.axes, self.algebra.const(0))]
-        raise Opaque("a comparison that no known pattern uses")
+        return super()._read_less(node)
 
     def _read_equal(self, node: NodeProto) -> list[Value]:
         left, right = self._input(node, 0), self._input(node, 1)
@@ -116,18 +116,21 @@ class GroupedInterpreter(ApartInterpreter):
         if value.expr.op in _EXACT:
             return [value]
         if value.expr.op == "mul" and attribute(node, "to", 0) in _WHOLE:
-            factors = {e.op: e for e in value.expr.args}
-            if set(factors) == {"top_index", "const"}:
+            index = [e for e in value.expr.args if is_index(e)]
+            numbers = [e for e in value.expr.args if e.op == "const"]
+            if len(index) == len(numbers) == 1 and len(value.expr.args) == 2:
                 return [Value(value.axes, self.algebra.make("bin", (value.expr,)))]
         return super()._read_cast(node)
 
     def _read_clip(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
+        if value.expr.op != "bin":
+            return super()._read_clip(node)
         low, high = (self.view.small(n) for n in (*node.input[1:3], "", "")[:2])
         count = self.sizes["e"]
-        if value.expr.op != "bin" or count is None or low is None or high is None:
+        if count is None or low is None or high is None:
             raise Opaque("a Clip that no known pattern uses")
-        factors = {e.op: e for e in value.expr.args[0].args}
+        factors = {"index" if is_index(e) else e.op: e for e in value.expr.args[0].args}
         # Bins of a histogram of the numbers 0 to E-1: number n falls into bin n, the last one by
         # the Clip.
         width = count / (count - 1)
@@ -135,28 +138,20 @@ class GroupedInterpreter(ApartInterpreter):
             abs(factors["const"].value - width) < 1e-3 / count**2
         ):
             raise Opaque("a histogram of other bins than one for each expert")
-        return [Value(value.axes, factors["top_index"])]
+        return [Value(value.axes, factors["index"])]
 
     def _read_scatterelements(self, node: NodeProto) -> list[Value]:
         index = self._input(node, 1)
-        if index.axes not in ((("p",),), (self.pairs,)) or index.expr.op != "top_index":
+        if index.axes not in ((("p",),), (self.pairs,)) or not is_index(index.expr):
             return super()._read_scatterelements(node)
         adds = text_attribute(node, "reduction", "none") == "add"
         zeros = self._zeros(node.input[0]) and self.view.types.shape(node.output[0]) in (
             None,
             (self.sizes["e"],),
         )
-        if not adds or not zeros or not self._ones(node.input[2]):
+        if not adds or not zeros or self._filled(node.input[2]) != 1:
             raise Opaque("a scatter by chosen expert that does not count the pairs of each")
         return [Value((("e",),), self.algebra.make("count", (index.expr,), (), ("e",)))]
-
-    def _ones(self, name: str) -> bool:
-        small = self.view.small(name)
-        if small is not None:
-            return bool((small == 1).all())
-        node = self.view.producer(name)
-        wraps = node is not None and node.op_type in ("Expand", "Cast", "Identity", "Reshape")
-        return node is not None and wraps and self._ones(node.input[0])
 
     def _read_cumsum(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
@@ -206,6 +201,8 @@ class GroupedInterpreter(ApartInterpreter):
     def _read_concat(self, node: NodeProto) -> list[Value]:
         values = [self._input(node, i) for i in range(len(node.input))]
         count = self.sizes["e"]
+        if values[0].axes[:1] != (("g0",),):
+            return super()._read_concat(node)
         if attribute(node, "axis", 0) != 0 or len(values) != count:
             raise Opaque("a Concat that is not of one result for each expert")
         for e, value in enumerate(values):

@@ -23,13 +23,18 @@ from onnx import NodeProto, TensorProto
 from moe_infer.graph.expression import Expr
 from moe_infer.graph.interpreter import Interpreter, Opaque
 from moe_infer.graph.match import GraphView, Match, NearMiss, describe
-from moe_infer.graph.patterns import Mismatch, Stage, match_layer
+from moe_infer.graph.mismatch import Mismatch, Stage
+from moe_infer.graph.patterns import match_layer
+from moe_infer.graph.routing import RoutingInterpreter
 
 NAME = "stacked"
 
 OLDEST_OPSET = 13
 """Before it Softmax, Split and reductions had other meanings or took axes in other ways."""
 
+_SCORES = ("Softmax", "Sigmoid", "Cast", "Identity")
+_CHOICE = ("Add", "Sub", "Mul", "Div", "Where", "Reshape", "TopK", "ReduceSum", "ScatterElements")
+_MOST_STEPS = 24
 _LAYOUT = ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze")
 _SHAPE_OPS = ("Shape", "Size")
 _MOST_CANDIDATES = 8
@@ -57,7 +62,7 @@ class _Attempt:
 
 def find(view: GraphView) -> Iterator[Match | NearMiss]:
     """Every block, or how far it went, in the order of the graph."""
-    return search(view, NAME, Interpreter)
+    return search(view, NAME, RoutingInterpreter)
 
 
 def search(view: GraphView, family: str, reader: type[Interpreter]) -> Iterator[Match | NearMiss]:
@@ -81,18 +86,18 @@ def _at(
     if view.opset < OLDEST_OPSET:
         reason = f"opset {view.opset}; convert the model to {OLDEST_OPSET} or newer"
         return NearMiss(family, describe(anchor), Stage.ROUTER, describe(anchor), reason)
-    logits = _logits(view, anchor)
     best = _Attempt()
     reason = "the tensor from which the scores are computed could not be found"
     best.improve((-1, 0), describe(anchor), reason)
-    recognised = reader is Interpreter
-    for hidden in _hidden_states(view, logits):
-        attempt = _attempt(view, anchor, hidden, logits, family, reader)
-        if attempt.match is not None:
-            return attempt.match
-        recognised |= attempt.recognised
-        if attempt.rank > best.rank:
-            best = attempt
+    recognised = family == NAME
+    for logits in _logits(view, anchor):
+        for hidden in _hidden_states(view, logits):
+            attempt = _attempt(view, anchor, hidden, logits, family, reader)
+            if attempt.match is not None:
+                return attempt.match
+            recognised |= attempt.recognised
+            if attempt.rank > best.rank:
+                best = attempt
     if not recognised:
         return None
     return NearMiss(
@@ -100,16 +105,41 @@ def _at(
     )
 
 
-def _logits(view: GraphView, anchor: NodeProto) -> str:
-    """The scores before softmax, sigmoid and changes of type."""
+def _logits(view: GraphView, anchor: NodeProto) -> list[str]:
+    """Candidates for the scores before softmax, sigmoid and changes of type, the nearest first.
+
+    The nearest is what these operators read alone. Behind it there may be more: a bias for
+    choosing, masks of groups, or the choice of another expert before this one.
+    """
+    found: list[str] = []
     name = str(anchor.input[0])
-    while True:
+    direct = True
+    for _ in range(_MOST_STEPS):
         node = view.producer(name)
-        if node is None or node.op_type not in ("Softmax", "Sigmoid", "Cast", "Identity"):
-            return name
-        if _rounds(view, node):
-            return name
+        plain = node is not None and node.op_type in _SCORES and not _rounds(view, node)
+        if direct and not plain:
+            found.append(name)
+            direct = False
+        if node is None or not (plain or node.op_type in _CHOICE):
+            break
+        data = [i for i in node.input if i and i not in view.constants]
+        if not data or (not direct and not plain and node.op_type in _SCORES):
+            break
+        # A mask's condition comes first, what it masks after it.
+        name = str(data[-1] if node.op_type == "Where" else data[0])
+        if not direct and node.op_type in ("Softmax", "Sigmoid"):
+            found.append(_without_casts(view, name))
+    if not direct:
+        found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def _without_casts(view: GraphView, name: str) -> str:
+    node = view.producer(name)
+    while node is not None and node.op_type in ("Cast", "Identity") and not _rounds(view, node):
         name = str(node.input[0])
+        node = view.producer(name)
+    return name
 
 
 def _hidden_states(view: GraphView, logits: str) -> Iterator[str]:
@@ -120,8 +150,9 @@ def _hidden_states(view: GraphView, logits: str) -> Iterator[str]:
     """
     shape = view.types.shape(logits)
     found: list[str] = []
+    apart: list[str] = []
     name = logits
-    while len(found) < _MOST_CANDIDATES:
+    while len(found) + len(apart) < _MOST_CANDIDATES:
         node = view.producer(name)
         if node is None:
             break
@@ -131,16 +162,17 @@ def _hidden_states(view: GraphView, logits: str) -> Iterator[str]:
         else:
             break
         here = view.types.shape(name)
-        if (
-            shape is not None
-            and here is not None
-            and len(here) == len(shape)
-            and here[-1] != shape[-1]
-        ):
+        if shape is None or here is None or here[-1:] == shape[-1:]:
+            continue
+        if len(here) == len(shape):
             found.append(name)
+        elif len(here) == 3 and len(shape) == 2:
+            # Router and experts may each have flattened it.
+            apart.append(name)
     first_weighted = _layout_only(view, found)
     yield from reversed(found[:first_weighted])
     yield from found[first_weighted:]
+    yield from apart
 
 
 def _layout_only(view: GraphView, chain: list[str]) -> int:
@@ -205,7 +237,7 @@ def _attempt(
     if not outputs:
         _explain(view, reader, attempt)
         return attempt
-    hidden, output = _ends(view, reader, hidden, outputs)
+    hidden, output = _ends(view, reader, hidden, logits, outputs)
     fields.update(hidden_states=hidden, router_logits=logits, output=output)
     used = {part.constant for part in fields["parts"].values()}
     stacks = {name: names for name, names in reader.stacks.items() if name in used}
@@ -213,17 +245,38 @@ def _attempt(
     return attempt
 
 
-def _ends(view: GraphView, reader: Interpreter, hidden: str, outputs: list[str]) -> tuple[str, str]:
-    """Input and output of one type, if the graph has such; else the first of both."""
+def _ends(
+    view: GraphView, reader: Interpreter, hidden: str, logits: str, outputs: list[str]
+) -> tuple[str, str]:
+    """Input and output of one layout and type, if the graph has such; else the first of both."""
     kind = view.types.element_type
-    for output in outputs:
-        if kind(output) == kind(hidden):
-            return hidden, output
-    for name, value in reader.env.items():
-        same = value.expr is reader.x and value.axes == reader.output_axes
-        if same and kind(name) == kind(outputs[0]):
-            return name, outputs[0]
-    return hidden, outputs[0]
+    output = next((o for o in outputs if kind(o) == kind(hidden)), outputs[0])
+    if reader.env[hidden].axes == reader.output_axes and kind(output) == kind(hidden):
+        return hidden, output
+    found = _read_by_experts(view, reader, output, logits)
+    same = [name for name in found if kind(name) == kind(output)]
+    return (same or found or [hidden])[0], output
+
+
+def _read_by_experts(view: GraphView, reader: Interpreter, output: str, logits: str) -> list[str]:
+    """The forms of the layer's input, in the layout of its output, that the output depends on."""
+    found: list[str] = []
+    seen = {output, logits}
+    stack = [output]
+    while stack:
+        name = stack.pop()
+        value = reader.env.get(name)
+        if value is not None and value.expr is reader.x and value.axes == reader.output_axes:
+            found.append(name)
+            continue
+        node = view.producer(name)
+        if node is None or value is None:
+            continue
+        for i in node.input:
+            if i in reader.env and i not in seen:
+                seen.add(i)
+                stack.append(i)
+    return sorted(found, key=lambda name: view.position.get(name, -1))
 
 
 def _explain(view: GraphView, reader: Interpreter, attempt: _Attempt) -> None:

@@ -210,6 +210,8 @@ class LoopInterpreter(ApartInterpreter):
         return self._within(node, 0)
 
     def _read_less(self, node: NodeProto) -> list[Value]:
+        if self._input(node, 0).expr.op != "running":
+            return super()._read_less(node)
         return self._within(node, -1)
 
     def _read_mul(self, node: NodeProto) -> list[Value]:
@@ -241,7 +243,7 @@ class LoopInterpreter(ApartInterpreter):
             sums = self._sum_over(atoms, mask), self._sum_over(atoms[::-1], mask)
             if value.expr in sums:
                 return [Value(value.axes, self.algebra.make("hit", (mask,), (), ("e",)))]
-        raise Opaque("a comparison that no known pattern uses")
+        return super()._read_greater(node)
 
     def _chosen_masks(self) -> set[Expr]:
         """Masks of the chosen experts that were read."""
@@ -305,7 +307,7 @@ class LoopInterpreter(ApartInterpreter):
         values = [self._input(node, i) for i in range(len(node.input))]
         axis = attribute(node, "axis", 0) % len(values[0].axes)
         if not all(v.expr.op == "row" and v.axes[axis] == () for v in values):
-            raise Opaque("a Concat that no known pattern uses")
+            return super()._read_concat(node)
         sources = {v.expr.args[0] for v in values}
         left = {(*v.axes[:axis], *v.axes[axis + 1 :]) for v in values}
         if len(sources) != 1 or len(left) != 1 or axis != len(values[0].axes) - 1:

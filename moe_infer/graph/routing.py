@@ -1,0 +1,76 @@
+"""Reads routers that do more than take the largest scores: groups, masks, repeated choices."""
+
+from __future__ import annotations
+
+from onnx import NodeProto, TensorProto
+
+from moe_infer.graph.expression import Expr, is_index
+from moe_infer.graph.interpreter import Interpreter, Opaque, Value
+from moe_infer.graph.match import attribute
+
+_CONDITIONS = ("greater", "one_hot", "not", "nonzero")
+
+
+class RoutingInterpreter(Interpreter):
+    """Adds conditions, masks and the joining of choices."""
+
+    def _read_cast(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        if attribute(node, "to", 0) != TensorProto.BOOL:
+            return super()._read_cast(node)
+        if value.expr.op in _CONDITIONS:
+            return [value]
+        return [Value(value.axes, self.algebra.make("nonzero", (value.expr,)))]
+
+    def _read_not(self, node: NodeProto) -> list[Value]:
+        value = self._input(node, 0)
+        if value.expr.op == "not":
+            return [Value(value.axes, value.expr.args[0])]
+        return [Value(value.axes, self.algebra.make("not", (value.expr,)))]
+
+    def _read_greater(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.make("greater", v))
+
+    def _read_less(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.make("greater", v[::-1]))
+
+    def _read_abs(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.make("abs", v))
+
+    def _read_max(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, self._largest)
+
+    def _largest(self, values: list[Expr]) -> Expr:
+        numbers = [v.value for v in values if v.op == "const"]
+        rest = [v for v in values if v.op != "const"]
+        if numbers and len(rest) == 1:
+            return self.algebra.clip(rest[0], max(numbers), float("inf"))
+        return self.algebra.largest(values)
+
+    def _read_min(self, node: NodeProto) -> list[Value]:
+        def smallest(values: list[Expr]) -> Expr | None:
+            numbers = [v.value for v in values if v.op == "const"]
+            rest = [v for v in values if v.op != "const"]
+            if not numbers or len(rest) != 1:
+                return None
+            return self.algebra.clip(rest[0], float("-inf"), min(numbers))
+
+        return self._elementwise(node, smallest)
+
+    def _read_where(self, node: NodeProto) -> list[Value]:
+        return self._elementwise(node, lambda v: self.algebra.where(*v))
+
+    def _read_concat(self, node: NodeProto) -> list[Value]:
+        values = [self._input(node, i) for i in range(len(node.input))]
+        first = values[0].axes
+        axis = attribute(node, "axis", 0) % len(first)
+        if any(v.axes != first for v in values) or first[axis]:
+            raise Opaque("a Concat of other things than one choice of each token after another")
+        kinds = {is_index(v.expr) for v in values}
+        if len(kinds) != 1 or any("k" in v.expr.atoms for v in values):
+            raise Opaque("a Concat of other things than one choice of each token after another")
+        if self.sizes["k"] not in (None, len(values)):
+            raise Opaque(f"a Concat of {len(values)} choices beside {self.sizes['k']}")
+        self.sizes["k"] = len(values)
+        axes = (*first[:axis], ("k",), *first[axis + 1 :])
+        return [Value(axes, self.algebra.stack(v.expr for v in values))]
