@@ -23,15 +23,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moe_bench.bare import BareLayer
 from moe_bench.cases import CASES, DTYPES, TOKENS, Case
 from moe_bench.check import Error, WrongResultError, compare, expect, judge
 from moe_bench.floor import Rates, floor_ms, target_verdict
 from moe_bench.inputs import InputSet, make_inputs, mean_active
+from moe_bench.peers.bare import BareLayer
 from moe_bench.rates import measure_rates
 from moe_bench.routing import ROUTINGS
 from moe_bench.timing import Contender, capture, measure
-from moe_bench.weights import Experts, make_experts
+from moe_bench.weights import Experts, folder_with_room, make_experts
 
 
 def main() -> int:
@@ -51,7 +51,8 @@ def main() -> int:
             f" {'ratio':>6} {'active':>6} {'target':>16} {'error':>8}"
         )
     records, failed = [], False
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+    place = folder_with_room(options.dir, max(CASES[name].file_bytes for name in options.case))
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         for name in options.case:
             for dtype in options.dtype:
                 path = Path(folder) / f"{name}.safetensors"
@@ -118,7 +119,9 @@ def sweep(
     except WrongResultError as wrong:
         print(f"{line} {wrong}", flush=True)
         return {**record, "wrong": str(wrong)}
-    result = measure({"bare": Contender(graph.replay, len(sets))}, budget_s=2.0)["bare"]
+    result = measure({"bare": Contender(graph.replay, len(sets), on_device=True)}, budget_s=2.0)[
+        "bare"
+    ]
     if isinstance(result, Exception):
         raise result
     active = mean_active(sets)

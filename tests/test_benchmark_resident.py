@@ -1,13 +1,12 @@
-"""What the benchmark of resident layers does without a GPU: inputs, reference, floors, verdicts."""
+"""What the benchmark of resident layers says: routing, floors, verdicts, tables, its file."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from moe_bench import floor, routing  # noqa: E402
+from moe_bench import floor, report, routing  # noqa: E402
+from moe_bench.budget import Budget  # noqa: E402
 from moe_bench.cases import CASES, TOKENS, Case  # noqa: E402
 
 MIXTRAL, QWEN = CASES["mixtral"], CASES["qwen3"]
-SMALL = Case("small", 6, 2, 32, 48)
-SMALL_T5 = Case("small_t5", 5, 1, 32, 48, "T5_FF", "default", 0)
 
 
 # --- Routing
@@ -126,173 +124,192 @@ def test_no_target_no_verdict() -> None:
     assert verdict is not None and verdict.met
 
 
-# --- Weights and reference
-
-torch = pytest.importorskip("torch")
-
-from moe_bench import check, timing  # noqa: E402
-from moe_bench.inputs import make_inputs, mean_active, set_count  # noqa: E402
-from moe_bench.weights import Experts, make_experts  # noqa: E402
-
-from moe_infer import op, reference  # noqa: E402
-from moe_infer.weights import open_expert_weights  # noqa: E402
+# --- Shares, ratios, claims
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "case", [SMALL, replace(SMALL, normalize=0), SMALL_T5], ids=["normalized", "plain", "t5"]
-)
-def test_reference_is_the_projects_reference_on_the_written_file(
-    tmp_path: Path, case: Case, dtype: str
-) -> None:
-    path = tmp_path / "experts.safetensors"
-    experts = make_experts(case, dtype, path, device="cpu")
-    (given,) = make_inputs(case, dtype, 20, "zipf", 1, device="cpu")
-    config = op.LayerConfig.from_attributes(case.attributes(path))
-    weights = open_expert_weights(config, case.d_model)
-    oracle = reference.moe_layer(
-        given.hidden_states.double().numpy(),
-        config,
-        {e: weights.expert(e) for e in range(case.experts)},
-        given.logits.double().numpy(),
-    )
-    expected = check.expect(case, experts, given)
-    assert sorted(expected.tokens.tolist()) == list(range(20))  # few tokens: all of them
-    np.testing.assert_allclose(expected.values, oracle[expected.tokens], rtol=1e-9, atol=1e-9)
-    assert 0.2 < expected.values.std() < 3
+def timed(**times: float | str) -> dict[str, Any]:
+    """Contenders by name; a text is the reason why there is no time."""
+    return {n: {"failed": t} if isinstance(t, str) else {"ms": t} for n, t in times.items()}
 
 
-def small(tmp_path: Path, tokens: int = 100) -> tuple[Experts, check.Expected]:
-    experts = make_experts(SMALL, "bfloat16", tmp_path / "e.safetensors", device="cpu")
-    (given,) = make_inputs(SMALL, "bfloat16", tokens, "uniform", 1, device="cpu")
-    return experts, check.expect(SMALL, experts, given)
-
-
-def test_a_sample_of_many_tokens_is_checked_and_differs_by_seed(tmp_path: Path) -> None:
-    _, expected = small(tmp_path)
-    assert len(expected.tokens.unique()) == check.CHECKED_TOKENS == 32
-    assert expected.values.shape == (32, SMALL.d_model)
-
-
-def output_of(expected: check.Expected, tokens: int = 100) -> torch.Tensor:
-    output = torch.zeros((tokens, SMALL.d_model), dtype=torch.bfloat16)
-    output[expected.tokens] = expected.values.bfloat16()
-    return output
-
-
-def test_right_results_pass(tmp_path: Path) -> None:
-    _, expected = small(tmp_path)
-    error = check.compare(output_of(expected), expected, "bfloat16")
-    assert error.within and error.norm < 4e-3
-    assert check.judge(error, "bfloat16", peer=False) == ""
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_never_passes_even_outside_the_sample(tmp_path: Path, value: float) -> None:
-    _, expected = small(tmp_path)
-    output = output_of(expected)
-    rest = sorted(set(range(100)) - set(expected.tokens.tolist()))
-    output[rest[0], 3] = value
-    with pytest.raises(check.WrongResultError, match="1 of 3200 values are NaN or infinite"):
-        check.compare(output, expected, "bfloat16")
-
-
-def test_one_wrong_element_is_wrong_for_us_and_for_peers(tmp_path: Path) -> None:
-    _, expected = small(tmp_path)
-    output = output_of(expected)
-    output[expected.tokens[5], 7] += 1
-    error = check.compare(output, expected, "bfloat16")
-    assert error.largest == pytest.approx(1, abs=0.02)
-    for peer in (False, True):
-        with pytest.raises(check.WrongResultError, match="largest difference"):
-            check.judge(error, "bfloat16", peer)
-
-
-def test_a_peer_that_rounds_more_is_noted_and_ours_is_wrong() -> None:
-    error = check.Error(largest=0.03, norm=0.01, within=False)
-    assert "0.03" in check.judge(error, "bfloat16", peer=True)
-    with pytest.raises(check.WrongResultError):
-        check.judge(error, "bfloat16", peer=False)
-
-
-def test_sets_rotate_over_experts() -> None:
-    sets = make_inputs(SMALL, "float16", 3, "uniform", 4, device="cpu")
-    assert len(sets) == 4 and not torch.equal(sets[0].hidden_states, sets[1].hidden_states)
-    assert all(1 < s.active <= 6 for s in sets)
-    assert mean_active(sets) == sum(len(s.chosen.unique()) for s in sets) / 4
-    assert [set_count(tokens) for tokens in TOKENS] == [16, 8, 8, 4, 3]
-    assert set_count(100_000) >= 2
-
-
-READ_ALL = """
-import torch
-from moe_bench.read_kernel import BLOCK, STEPS, read_kernel
-
-source = torch.randint(-(2**31), 2**31 - 1, (3 * BLOCK * STEPS,), dtype=torch.int32)
-sums = torch.zeros(3, dtype=torch.int32)
-read_kernel[(3,)](source, sums, BLOCK, STEPS)
-assert (int(sums.long().sum()) - int(source.long().sum())) % 2**32 == 0
-"""
-
-
-def test_the_kernel_that_measures_the_memory_reads_all_of_it() -> None:
-    pytest.importorskip("triton")
-    # Triton reads the variable when it is imported, hence another process.
-    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
-    done = subprocess.run(
-        [sys.executable, "-c", READ_ALL], env={**os.environ, **variables}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-
-
-# --- Timing
-
-
-def test_spread() -> None:
-    found = timing.spread([float(i) for i in range(11)])
-    assert found == timing.Spread(median=5, p10=1, p90=9, samples=11)
-    assert timing.spread([2.0]) == timing.Spread(2, 2, 2, 1)
-    with pytest.raises(ValueError, match="no samples"):
-        timing.spread([])
+def test_share_of_a_model_is_what_a_further_layer_costs() -> None:
+    contenders = timed(trt_graph=0.05, trt_layers=0.26, ort_moe_graph=0.2)
+    contenders["trt_graph"]["note"] = "float32 outside"
+    report.add_shares(contenders, 8)
+    assert contenders["trt_share"] == {"ms": pytest.approx(0.03), "note": "float32 outside"}
+    assert "ort_moe_share" not in contenders
 
 
 @pytest.mark.parametrize(
-    ("run_ms", "sample_ms", "budget_ms", "count"),
+    ("times", "reason"),
     [
-        (0.03, 0.5, 1e4, 50),
-        (8.8, 26.4, 1e4, 50),
-        (40.0, 40.0, 1e6, 25),  # long: fewer
-        (1.0, 10.0, 200.0, 20),  # little time
-        (1000.0, 1000.0, 1.0, 5),  # never none
+        ({"trt_layers": "no memory", "trt_graph": 1.0}, "no memory"),
+        ({"trt_layers": 1.0, "trt_graph": "no capture"}, "no capture"),
+        ({"trt_layers": "no TensorRT", "trt_graph": "no TensorRT"}, "no TensorRT"),
+        ({"trt_layers": 1.0}, "not measured"),
+        ({"trt_layers": 1.0, "trt_graph": 1.0}, "8 layers took no longer than one"),
     ],
 )
-def test_sample_count(run_ms: float, sample_ms: float, budget_ms: float, count: int) -> None:
-    assert timing.sample_count(run_ms, sample_ms, budget_ms) == count
+def test_no_share_without_both_times(times: dict[str, float | str], reason: str) -> None:
+    contenders = timed(**times)
+    report.add_shares(contenders, 8)
+    assert contenders["trt_share"] == {"failed": reason}
 
 
-class FakeContender(timing.Contender):
-    """Counts its samples."""
+def point(case: str = "mixtral", tokens: int = 1, **more: Any) -> dict[str, Any]:
+    """A point with verdicts for one H200."""
+    made = {
+        "case": case,
+        "dtype": "bfloat16",
+        "tokens": tokens,
+        "routing": "uniform",
+        "floor_ms": floor.design_floor_ms(CASES[case], tokens),
+        "contenders": timed(**more.pop("times")),
+        "run": 0,
+        **more,
+    }
+    return {**made, "verdicts": report.judge_point(made, "NVIDIA H200")}
 
-    fails_at = 10**9
 
-    def sample(self) -> float:
-        self.taken = getattr(self, "taken", 0) + 1
-        if self.taken > self.fails_at:
-            raise RuntimeError("launch failed")
-        log.append(id(self))
-        return 1.0
+def test_ratios_take_the_better_of_with_and_without_graph() -> None:
+    verdicts = point(
+        times={
+            "bare_graph": 0.16,
+            "trt": 0.3,
+            "trt_graph": 0.2,
+            "ort_moe": 0.4,
+            "ort_moe_graph": 0.5,
+        }
+    )["verdicts"]
+    assert verdicts["ort_moe_over_trt"] == pytest.approx(2)
+    assert verdicts["ort_moe_over_bare"] == pytest.approx(2.5)
+    assert verdicts["time_over_floor"] == pytest.approx(0.16 / 0.15486, rel=1e-3)
+    assert verdicts["target"]["met"] and verdicts["triton"]["met"]
+    assert "torch_over_bare" not in verdicts
 
 
-log: list[int] = []
+def test_targets_are_for_uniform_routing_only() -> None:
+    verdicts = point(times={"bare_graph": 0.16}, routing="one")["verdicts"]
+    assert "target" not in verdicts and "triton" not in verdicts
 
 
-def test_contenders_take_turns_and_a_failing_one_costs_only_itself() -> None:
-    log.clear()
-    good, other, bad = (FakeContender(lambda: None) for _ in range(3))
-    bad.fails_at = 7
-    results = timing.measure({"good": good, "bad": bad, "other": other})
-    assert list(results) == ["good", "bad", "other"]
-    assert results["good"] == results["other"] == timing.Spread(1, 1, 1, 50)
-    assert isinstance(results["bad"], RuntimeError)
-    turns = sum(a != b for a, b in pairwise(log))
-    assert turns >= 2 * timing.ROUNDS
+def all_points(**times: float) -> list[dict[str, Any]]:
+    return [point(case, tokens, times=times) for case in CASES for tokens in TOKENS]
+
+
+def claim(points: list[dict[str, Any]], start: str) -> dict[str, Any]:
+    (line,) = [line for line in report.summarise(points) if line["claim"] == start]
+    return line
+
+
+MOE_CLAIM = "com.microsoft.MoE over MoELayer, one layer a session"
+
+
+def test_claims_hold_only_when_every_point_is_there() -> None:
+    points = all_points(bare_graph=0.01, trt_graph=1.0, ort_moe=1.7, trt_share=0.0104)
+    held = claim(points, MOE_CLAIM)
+    assert (held["points"], held["of"], held["held"]) == (10, 10, True)
+    assert held["geomean"] == pytest.approx(1.7) and held["worst"] == pytest.approx(1.7)
+    assert claim(points, f"{MOE_CLAIM}, shapes not tuned on")["of"] == 10
+    assert claim(points, "every target is reached")["held"] is True
+    assert claim(points, "a layer's share of a model over the bare kernel")["held"] is True
+    missing = [{**p, "verdicts": {}} if p["tokens"] == 16 else p for p in points]
+    for line in report.summarise(missing):
+        assert line["held"] is None, line
+
+
+def test_one_slower_point_breaks_a_claim_whatever_the_mean() -> None:
+    points = all_points(bare_graph=0.01, trt_graph=1.0, ort_moe=3.0)
+    points[0] = point(times={"bare_graph": 0.01, "trt_graph": 1.0, "ort_moe": 0.99})
+    line = claim(points, MOE_CLAIM)
+    assert line["geomean"] > 1.6 and line["worst"] == pytest.approx(0.99)
+    assert line["held"] is False
+
+
+def test_a_mean_below_the_wanted_breaks_a_claim() -> None:
+    points = all_points(bare_graph=0.01, trt_graph=1.0, ort_moe=1.5)
+    assert claim(points, MOE_CLAIM)["held"] is False
+    assert claim(points, f"{MOE_CLAIM}, shapes not tuned on")["held"] is True
+
+
+def test_a_share_beyond_five_percent_breaks_the_claim() -> None:
+    points = all_points(bare_graph=1.0, trt_share=1.051)
+    assert claim(points, "a layer's share of a model over the bare kernel")["held"] is False
+
+
+def test_types_are_judged_apart_and_points_that_are_not_there_are_missed() -> None:
+    points = all_points(bare_graph=0.01)
+    points[0] = {**point(times={"bare_graph": 1.0}), "dtype": "float16"}
+    lines = [x for x in report.summarise(points) if x["claim"] == "every target is reached"]
+    assert [(x["dtype"], x["held"]) for x in lines] == [("bfloat16", None), ("float16", False)]
+
+
+# --- Tables
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, ""), (0.028, "0.0280"), (1.2, "1.20"), (8.837, "8.84"), (1234.5, "1234"), (0.0, "0.0")],
+)
+def test_numbers_have_three_digits(value: float | None, expected: str) -> None:
+    assert report.number(value) == expected
+
+
+def test_table_leaves_out_columns_without_entries_and_marks_what_failed() -> None:
+    table = report.points_table(
+        [
+            point(times={"bare_graph": 0.165, "trt": "no TensorRT"}),
+            point(tokens=16, times={"bare_graph": 0.7, "trt": "no TensorRT"}),
+        ]
+    )
+    assert table.splitlines() == [
+        "| tokens | floor | kernel, graph | ORT TensorRT | x floor | target |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 1 | 0.155 | 0.165 | – | 1.07 | 0.170: met |",
+        "| 16 | 0.613 | 0.700 | – | 1.14 | 0.645: missed |",
+    ]
+
+
+def test_text_gives_each_reason_once_with_its_tokens() -> None:
+    points = [point(tokens=t, times={"bare_graph": 1.0, "trt": "no TensorRT"}) for t in (16, 1)]
+    said = report.text({"points": points, "summary": report.summarise(points)})
+    assert said.count("no TensorRT") == 1
+    assert "ORT TensorRT (1, 16 tokens): not available: no TensorRT" in said
+    assert said.index("| 1 |") < said.index("| 16 |")
+    assert "| every target is reached | bfloat16 | 2 of 10 |" in said
+
+
+# --- Time
+
+
+def test_budget_gives_half_to_samples_and_ends() -> None:
+    now = [100.0]
+    budget = Budget(60, 10, clock=lambda: now[0])
+    assert budget.share() == pytest.approx(0.5 * 60 / 10)
+    now[0] += 33
+    assert budget.share() == pytest.approx(0.5 * 27 / 9)
+    now[0] += 26.9
+    assert budget.share() == 1.0 and not budget.spent
+    now[0] += 0.2
+    assert budget.spent and budget.left == 7
+
+
+# --- The documentation's table
+
+
+def test_docs_show_the_file_where_it_is(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import make_docs
+
+    assert "benchmarks/resident.py" in make_docs.resident_table(tmp_path / "none.json")
+    points = [point(tokens=t, times={"bare_graph": 1.0, "torch": 2.0}) for t in TOKENS]
+    data = {
+        "runs": [{"card": "NVIDIA H200", "date": "2026-11-25", "commit": "abc", "versions": {}}],
+        "points": points,
+        "summary": report.summarise(points),
+    }
+    path = tmp_path / "resident.json"
+    path.write_text(json.dumps(data))
+    shown = make_docs.resident_table(path)
+    assert CASES["mixtral"].title in shown and "NVIDIA H200" in shown
+    assert report.points_table(points) in shown

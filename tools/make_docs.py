@@ -8,17 +8,29 @@ benchmarks/results/. A generated part stands between `<!-- generated: NAME -->` 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from moe_bench import cases, report  # noqa: E402
 
 from moe_infer import op  # noqa: E402
 
 FILES = ("README.md", "docs/operator.md")
+RESIDENT_COLUMNS = (
+    "bare_graph",
+    "trt_graph",
+    "trt_share",
+    "ort_moe_graph",
+    "ort_moe_share",
+    "torch",
+    "module",
+)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -100,6 +112,27 @@ def sublayer_example() -> str:
     return str(blocks[0])
 
 
+def resident_table(path: Path = ROOT / "benchmarks/results/resident.json") -> str:
+    """Times of a layer with all experts in GPU memory, uniform routing, and what is claimed."""
+    if not path.exists():
+        return "Not measured yet; `python benchmarks/resident.py` does."
+    record = json.loads(path.read_text())
+    used = sorted({point["run"] for point in record["points"]})
+    runs = [record["runs"][i] for i in used]
+    cards = ", ".join(sorted({run["card"] for run in runs}))
+    dates = ", ".join(sorted({run["date"][:10] for run in runs}))
+    commits = ", ".join(sorted({str(run["commit"] or "unknown")[:12] for run in runs}))
+    parts = [f"Milliseconds for one run, measured on one {cards} on {dates}, commit {commits}."]
+    shown = [g for g in report.groups(record["points"]) if g[2] == "uniform"]
+    if any(dtype == "bfloat16" for _, dtype, _, _ in shown):
+        shown = [g for g in shown if g[1] == "bfloat16"]  # the other type is in the file
+    for case, dtype, _, points in shown:
+        parts.append(f"{cases.CASES[case].title}, {dtype}:")
+        parts.append(report.points_table(points, RESIDENT_COLUMNS))
+    parts.append(report.claims_table(record["summary"]))
+    return "\n\n".join(parts)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
@@ -107,6 +140,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sublayers": sublayers,
     "tensors": tensors,
     "sublayer_example": sublayer_example,
+    "resident": resident_table,
 }
 
 

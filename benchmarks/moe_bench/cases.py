@@ -48,6 +48,11 @@ class Case:
         """Bytes of one expert's matrices in a 16-bit type."""
         return 3 * self.d_model * self.hidden * ITEM_BYTES
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight file, about."""
+        return self.experts * (self.expert_bytes + self.d_model * ITEM_BYTES) + 4096
+
     def flops(self, tokens: int) -> int:
         """Operations of the three products, a multiplication and an addition counted as two."""
         return tokens * self.top_k * 3 * 2 * self.d_model * self.hidden
@@ -104,3 +109,8 @@ UNTUNED_GEOMEAN = 1.3
 """com.microsoft.MoE's time over ours, over the shapes that were not tuned on."""
 SESSION_SHARE = 1.05
 """A layer's share of a model's run in ONNX Runtime over the bare kernel's time."""
+
+
+def model_layers(tokens: int) -> int:
+    """Layers of the graph that stands for a model; no more than there are input sets."""
+    return 8 if tokens <= 128 else 3

@@ -85,17 +85,24 @@ def routing_weights(case: Case, logits: torch.Tensor, chosen: torch.Tensor) -> t
 
 
 def expert_output(sublayer: str, experts: Experts, e: int, x: torch.Tensor) -> torch.Tensor:
-    """One expert for rows x, in x's type."""
+    """One expert for rows x, in x's type.
+
+    Args:
+        sublayer: "Gated_SiLU", "Gated_GELU" (by tanh) or "T5_FF" (that with norm and residual).
+        experts: the weights.
+        e: which expert.
+        x: (rows, d_model).
+    """
     n = x
     if sublayer == "T5_FF":
         assert experts.layer_norm is not None
         scale = torch.rsqrt((x * x).mean(-1, keepdim=True) + RMS_NORM_EPSILON)
         n = experts.layer_norm[e].to(x) * x * scale
     gate, up = (n @ experts.gate_up[e].to(x.dtype).T).chunk(2, dim=-1)
-    if sublayer == "T5_FF":
-        inner = torch.nn.functional.gelu(gate, approximate="tanh") * up
-    else:
+    if sublayer == "Gated_SiLU":
         inner = torch.nn.functional.silu(gate) * up
+    else:
+        inner = torch.nn.functional.gelu(gate, approximate="tanh") * up
     y = inner @ experts.down[e].to(x.dtype).T
     return x + y if sublayer == "T5_FF" else y
 

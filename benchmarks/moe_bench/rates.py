@@ -58,7 +58,7 @@ def dense_rate(dtype: str) -> float:
 
 
 def _median(run: Any) -> float:
-    contender = Contender(run)
+    contender = Contender(run, on_device=True)
     for _ in range(5):
         contender.sample()
     return spread([contender.sample() for _ in range(20)]).median

@@ -15,6 +15,7 @@ FEWEST = 5
 LONG_MS = 20.0
 """A layer whose run takes longer is sampled less often."""
 ROUNDS = 5
+_LEAD_CYCLES = 200_000
 
 
 @dataclass
@@ -25,11 +26,14 @@ class Contender:
         run: what is timed; enqueues on the current stream.
         runs: how many runs of the layer that is.
         before: what precedes each sample and is not timed.
+        on_device: leaves the host's part of a launch out; otherwise a sample begins while the GPU
+            is idle, when the host begins to launch.
     """
 
     run: Callable[[], Any]
     runs: int = 1
     before: Callable[[], Any] | None = None
+    on_device: bool = False
     times: list[float] = field(default_factory=list)
 
     def sample(self) -> float:
@@ -37,6 +41,10 @@ class Contender:
         if self.before is not None:
             self.before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.on_device:
+            torch.cuda._sleep(_LEAD_CYCLES)  # the GPU waits until all is enqueued
+        else:
+            torch.cuda.synchronize()
         start.record()
         self.run()
         end.record()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +78,21 @@ def make_experts(
         if norm is not None:
             writer.write_tensor(tensors["layer_norm"].offset, norm)
     return Experts(path, gate_up, down, norm)
+
+
+def folder_with_room(preferred: str, needed: int) -> str:
+    """The folder, or the one for temporary files where the preferred one is too small.
+
+    Raises:
+        OSError: neither has room.
+    """
+    folders = dict.fromkeys((preferred, tempfile.gettempdir()))
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
+    for folder, room in free.items():
+        if room > needed:
+            return folder
+    found = ", ".join(f"{folder} has {room / 1e9:.1f} GB" for folder, room in free.items())
+    raise OSError(f"the weight file needs {needed / 1e9:.1f} GB: {found}; name another with --dir")
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
