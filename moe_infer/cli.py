@@ -22,6 +22,7 @@ from rich.table import Table
 import moe_infer
 from moe_infer.commands import export, plan, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
+from moe_infer.graph.explain import explain
 
 NOTHING_MATCHED = 3
 
@@ -60,7 +61,15 @@ def _parser() -> argparse.ArgumentParser:
 
     rewrite = commands.add_parser("rewrite", help="find MoE blocks, insert MoELayer nodes")
     rewrite.add_argument("model", help="an exported ONNX model")
-    rewrite.add_argument("out_dir", help="folder for model.onnx and the experts")
+    rewrite.add_argument(
+        "out_dir", nargs="?", help="folder for model.onnx and the experts; not with --explain"
+    )
+    rewrite.add_argument(
+        "--explain",
+        action="store_true",
+        help="write nothing; show for every candidate what matches, or how far the nearest pattern"
+        " went, at which node it stopped and why",
+    )
     rewrite.add_argument(
         "--max-concurrency",
         type=int,
@@ -125,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rewrite(options: argparse.Namespace) -> int:
+    if options.explain:
+        if options.out_dir is not None:
+            raise ValueError("--explain writes nothing; leave out_dir away")
+        explanation = explain(options.model)
+        print(explanation)
+        return 0 if explanation else NOTHING_MATCHED
+    if options.out_dir is None:
+        raise ValueError("out_dir is missing: moe-infer rewrite MODEL OUT_DIR")
     report = moe_infer.rewrite(
         options.model, options.out_dir, max_concurrency=options.max_concurrency
     )

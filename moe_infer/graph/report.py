@@ -73,7 +73,8 @@ class RewriteReport:
             title = "left as they were" if self.layers else "the nearest to one"
             title = "why" if self.wrong_export else title
             lines.append(f"{title}:")
-            lines += [f"  {miss}" for miss in self.near_misses]
+            told = [m for m in self.near_misses if m.wrong_export or not self.wrong_export]
+            lines += [f"  {miss}" for miss in told]
         elif not self.layers:
             lines.append("the graph has no TopK and no ArgMax that could choose experts")
         for label, path in (

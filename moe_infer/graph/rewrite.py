@@ -84,13 +84,13 @@ def rewrite(
             refused (:class:`moe_infer.graph.external.ExternalDataError`).
         moe_infer.weights.WeightFileError: ``expert_weight_file`` does not hold these experts.
     """
-    proto, folder = _load(model, base_dir)
+    proto, folder = load_model(model, base_dir)
     target = Path(out_dir)
     types = infer_types(proto)
     view = GraphView(proto, types, folder)
     report = RewriteReport()
-    layers = _find(view, report, copy_shared_weights)
-    if not layers:
+    layers = find_layers(view, report, copy_shared_weights)
+    if not layers or report.wrong_export:
         return report
     _refuse_overwriting(model, folder, target, view)
     target.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,15 @@ def find(model: onnx.ModelProto, base_dir: Path | None = None) -> list[Match | N
     return candidates(GraphView(model, infer_types(model), base_dir or Path.cwd()))
 
 
-def _load(
+def load_model(
     model: str | os.PathLike[str] | onnx.ModelProto, base_dir: str | os.PathLike[str] | None
 ) -> tuple[onnx.ModelProto, Path]:
+    """A copy of a model, or a model without its external data; and the folder of that data.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is no ONNX model.
+    """
     if isinstance(model, onnx.ModelProto):
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
@@ -140,7 +146,7 @@ def _load(
     return proto, Path(base_dir) if base_dir is not None else model_dir(path)
 
 
-def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Layer]:
+def find_layers(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Layer]:
     """Blocks that can be replaced, each output once; the others go to the report."""
     layers: list[Layer] = []
     taken: set[str] = set()
@@ -171,10 +177,8 @@ def _find(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Lay
             report.near_misses.append(_refused(candidate, error.node, error.reason))
         taken.add(candidate.output)
     report.near_misses += outside(misses, view, regions)
-    wrong = [m for m in report.near_misses if m.wrong_export]
-    if wrong:
-        report.near_misses, report.wrong_export = wrong, True
-        return []
+    report.near_misses.sort(key=lambda m: not m.wrong_export)
+    report.wrong_export = any(m.wrong_export for m in report.near_misses)
     return layers
 
 
