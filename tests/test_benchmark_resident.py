@@ -270,6 +270,13 @@ def test_table_leaves_out_columns_without_entries_and_marks_what_failed() -> Non
     ]
 
 
+def test_table_shows_the_spread_where_it_is_asked_for() -> None:
+    made = point(times={"bare_graph": 0.165})
+    made["contenders"]["bare_graph"] |= {"p10": 0.1641, "p90": 0.1702}
+    assert "| 0.165 (0.164..0.170) |" in report.points_table([made], spread=True)
+    assert "| 0.165 |" in report.points_table([made])
+
+
 def test_text_gives_each_reason_once_with_its_tokens() -> None:
     points = [point(tokens=t, times={"bare_graph": 1.0, "trt": "no TensorRT"}) for t in (16, 1)]
     said = report.text({"points": points, "summary": report.summarise(points)})

@@ -219,13 +219,21 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
-def points_table(points: Sequence[Point], columns: Iterable[str] = COLUMNS) -> str:
-    """Milliseconds of every contender; columns without any entry are left out."""
+def points_table(
+    points: Sequence[Point], columns: Iterable[str] = COLUMNS, spread: bool = False
+) -> str:
+    """Milliseconds of every contender; columns without any entry are left out.
+
+    Args:
+        points: one row each.
+        columns: which contenders.
+        spread: also the 10th and 90th percentile.
+    """
     shown = [c for c in columns if any(c in p["contenders"] for p in points)]
     header = ["tokens", "floor", *(COLUMNS[c] for c in shown), "x floor", "target"]
     rows = []
     for point in points:
-        times = [_cell(point["contenders"].get(c)) for c in shown]
+        times = [_cell(point["contenders"].get(c), spread) for c in shown]
         verdicts = point["verdicts"]
         ratio = number(verdicts.get("time_over_floor"))
         rows.append(
@@ -234,10 +242,15 @@ def points_table(points: Sequence[Point], columns: Iterable[str] = COLUMNS) -> s
     return markdown_table(header, rows)
 
 
-def _cell(contender: Mapping[str, Any] | None) -> str:
+def _cell(contender: Mapping[str, Any] | None, spread: bool) -> str:
     if contender is None:
         return ""
-    return number(contender["ms"]) if "ms" in contender else "–"
+    if "ms" not in contender:
+        return "–"
+    text = number(contender["ms"])
+    if spread and "p10" in contender:
+        text += f" ({number(contender['p10'])}..{number(contender['p90'])})"
+    return text
 
 
 def _target(verdicts: Mapping[str, Any]) -> str:
@@ -263,8 +276,10 @@ def text(record: Mapping[str, Any]) -> str:
     """Everything, for a terminal: tables, what failed and why, claims."""
     parts = []
     for case, dtype, routing, points in groups(record["points"]):
-        parts.append(f"{CASES[case].title}, {dtype}, routing {routing}, milliseconds")
-        parts.append(points_table(points))
+        parts.append(
+            f"{CASES[case].title}, {dtype}, routing {routing}, milliseconds: median (p10..p90)"
+        )
+        parts.append(points_table(points, spread=True))
         parts += _reasons(points)
         parts.append("")
     parts.append(claims_table(record["summary"]))

@@ -18,6 +18,8 @@ from moe_bench.peers.ort_session import (
 from moe_bench.peers.peer import Maker, Peer, Problem, UnavailableError
 from moe_infer.runtime import plugin
 
+_WORKSPACE = 16 << 30
+
 
 @dataclass(frozen=True)
 class Way:
@@ -126,8 +128,14 @@ class TensorRtPeer(Peer):
         model = moe_layer_model(
             problem.case, problem.dtype, problem.experts.path, layers, tokens, way.casts
         )
-        # Layers that do not depend on each other must not run side by side.
-        given = {"trt_auxiliary_streams": "0", **way.options, **options}
+        given = {
+            # Layers that do not depend on each other must not run side by side.
+            "trt_auxiliary_streams": "0",
+            # The default of some releases is less than thousands of tokens need.
+            "trt_max_workspace_size": str(_WORKSPACE),
+            **way.options,
+            **options,
+        }
         return make_session(model.SerializeToString(), TENSORRT, given, problem.stream)
 
 
