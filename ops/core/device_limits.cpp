@@ -55,8 +55,7 @@ void allow_shared_memory(void const* kernel, size_t bytes) {
   if (allowed.count(key) != 0) {
     return;
   }
-  MOE_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  MOE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   allowed.insert(key);
 }
 

@@ -8,6 +8,7 @@
 #include "core/cuda_check.h"
 #include "core/device_limits.h"
 #include "core/resident_experts.h"
+#include "sublayers/token_feed_forward.h"
 #include "core/slices.h"
 
 namespace moe_infer {
@@ -113,14 +114,19 @@ void MoELayer::run(void const* hidden_states, void const* router_logits, void* o
     check_run(hidden_states, router_logits, output, workspace, stream);
     auto const& config = plan_.config();
     auto const& inputs = plan_.inputs();
-    route(hidden_states, router_logits, tokens, slices, stream);
-    if (plan_.streams()) {
-      run_streaming(tokens * config.top_k, slices, stream);
+    select(hidden_states, router_logits, tokens, slices, stream);
+    if (runs_single_token(tokens) && !plan_.streams() && plan_.sub_layer().has_run_token()) {
+      run_resident_token(hidden_states, output, slices, stream);
     } else {
-      run_resident(tokens * config.top_k, slices, stream);
+      group(hidden_states, tokens, slices, stream);
+      if (plan_.streams()) {
+        run_streaming(tokens * config.top_k, slices, stream);
+      } else {
+        run_resident(tokens * config.top_k, slices, stream);
+      }
+      combine(slices.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
+              slices.routing, output, overlaps(), stream);
     }
-    combine(slices.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
-            slices.routing, output, !plan_.streams() && is_hopper(), stream);
   }
   ++runs_;
   tokens_ += tokens;
@@ -151,8 +157,8 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   }
 }
 
-void MoELayer::route(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-                     cudaStream_t stream) const {
+void MoELayer::select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+                      cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   auto const& routing = workspace.routing;
@@ -164,26 +170,59 @@ void MoELayer::route(void const* hidden_states, void const* router_logits, int64
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
   select_experts(scores, scores_dtype, config.router, config.normalize_routing_weights, tokens, config.expert_count,
                  config.top_k, routing, stream);
-  group_by_expert(tokens, config.expert_count, config.top_k, routing, stream);
-  gather_rows(hidden_states, inputs.dtype, tokens, inputs.d_model, config.top_k, routing, workspace.grouped, stream);
+}
+
+void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const {
+  auto const& config = plan_.config();
+  auto const& inputs = plan_.inputs();
+  auto const& routing = workspace.routing;
+  group_by_expert(tokens, config.expert_count, config.top_k, routing, overlaps(), stream);
+  gather_rows(hidden_states, inputs.dtype, tokens, inputs.d_model, config.top_k, routing, workspace.grouped, overlaps(),
+              stream);
+}
+
+ExpertGroups MoELayer::all_groups(Workspace const& workspace) const {
+  ExpertGroups groups;
+  groups.count = plan_.config().expert_count;
+  groups.row_begin = workspace.routing.row_begin;
+  groups.row_end = workspace.routing.row_begin + 1;
+  if (cache_ != nullptr) {
+    groups.slot_of_group = cache_->slot_numbers();
+    groups.slots = cache_->slots();
+    groups.slot_bytes = cache_->slot_bytes();
+  }
+  return groups;
+}
+
+bool MoELayer::overlaps() const { return !plan_.streams() && is_hopper() && getenv("MOE_NO_OVERLAP") == nullptr; }
+
+bool MoELayer::runs_single_token(int64_t tokens) const {
+  return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;
+}
+
+void MoELayer::run_resident_token(void const* hidden_states, void* output, Workspace const& workspace,
+                                  cudaStream_t stream) const {
+  auto const& config = plan_.config();
+  TokenChoices token;
+  token.hidden_states = hidden_states;
+  token.expert_of_choice = workspace.routing.expert_of_choice;
+  token.weight_of_choice = workspace.routing.weight_of_choice;
+  token.top_k = config.top_k;
+  token.keep = config.router == Router::kBaseLayer;
+  token.output = output;
+  plan_.sub_layer().run_token(all_groups(workspace), token, workspace.sub_layer, overlaps(), stream);
 }
 
 SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, cudaStream_t stream) const {
   SubLayerCall call;
-  call.groups.count = plan_.config().expert_count;
-  call.groups.row_begin = workspace.routing.row_begin;
-  call.groups.row_end = workspace.routing.row_begin + 1;
-  if (cache_ != nullptr) {
-    call.groups.slot_of_group = cache_->slot_numbers();
-    call.groups.slots = cache_->slots();
-    call.groups.slot_bytes = cache_->slot_bytes();
-  }
+  call.groups = all_groups(workspace);
   call.input = workspace.grouped;
   call.output = workspace.expert_output;
   call.rows = rows;
   call.expert_count = plan_.config().expert_count;
   call.counters = workspace.routing.counters;
-  call.overlap = !plan_.streams() && is_hopper();
+  call.overlap = overlaps();
+  call.single_token = runs_single_token(rows / plan_.config().top_k);
   call.workspace = workspace.sub_layer;
   call.stream = stream;
   return call;

@@ -36,7 +36,6 @@ struct GroupedGemm {
   bool overlap = false;         // start while the previous kernel still runs (core/launch.h)
   void* workspace = nullptr;    // grouped_gemm_workspace(groups.count) bytes, 256-byte aligned. Calls on one stream may
                                 // share it; each call writes it before it reads it
-                              // share it; each call writes it before it reads it
   cudaStream_t stream = nullptr;
 };
 

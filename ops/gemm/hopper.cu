@@ -1,11 +1,10 @@
 // Prepares a grouped product for the Hopper kernel: the maps by which the copy engine finds the operands, and the tile.
-#include "gemm/hopper.h"
-
 #include <array>
 #include <string>
 
 #include "core/cuda_check.h"
 #include "core/device_limits.h"
+#include "gemm/hopper.h"
 #include "gemm/hopper_kernel.cuh"
 
 namespace moe_infer::hopper {
@@ -40,8 +39,7 @@ CUtensorMap make_map(DataType dtype, void const* base, std::array<cuuint64_t, kR
   std::array<cuuint32_t, kRank> steps;
   steps.fill(1);
   CUtensorMap map;
-  auto const type =
-      dtype == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  auto const type = dtype == DataType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   CUresult const result =
       encode_function()(&map, type, kRank, const_cast<void*>(base), sizes.data(), strides.data(), box.data(),
                         steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -61,8 +59,8 @@ CUtensorMap weights_map(GroupedGemm const& gemm) {
   void const* const base = gemm.groups.slots + gemm.weight_offset;
   constexpr cuuint32_t kEights = kWeightRows / 8;
   if (gemm.activation.gated) {
-    return make_map<5>(gemm.dtype, base, {k, 8, 2, n / 16, kMaxExperts}, {2 * row, row, 16 * row, gemm.groups.slot_bytes},
-                       {kDepth, 8, 2, kEights / 2, 1});
+    return make_map<5>(gemm.dtype, base, {k, 8, 2, n / 16, kMaxExperts},
+                       {2 * row, row, 16 * row, gemm.groups.slot_bytes}, {kDepth, 8, 2, kEights / 2, 1});
   }
   return make_map<5>(gemm.dtype, base, {k, 8, n / 8, 1, kMaxExperts}, {row, 8 * row, n * row, gemm.groups.slot_bytes},
                      {kDepth, 8, kEights, 1, 1});
@@ -81,7 +79,7 @@ TileRows tile_rows_for(GroupedGemm const& gemm) {
   if (average <= 16) return TileRows::k32;
   if (average <= 44) return TileRows::k64;
   if (average <= 104) return TileRows::k128;
-  return TileRows::k256;
+  return TileRows::k288;
 }
 
 int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
@@ -89,7 +87,8 @@ int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1
 }  // namespace
 
 bool can_run(GroupedGemm const& gemm) {
-  return gemm.dtype != DataType::kFloat32 && (!gemm.activation.gated || gemm.n % 16 == 0) && gemm.counters != nullptr && is_hopper();
+  return gemm.dtype != DataType::kFloat32 && (!gemm.activation.gated || gemm.n % 16 == 0) && gemm.counters != nullptr &&
+         is_hopper();
 }
 
 void run(GroupedGemm const& gemm) {
@@ -98,8 +97,8 @@ void run(GroupedGemm const& gemm) {
   launch.weights = weights_map(gemm);
   launch.tokens = tokens_map(gemm, launch.tile_rows);
   // Each group with rows has at most one tile that is not full.
-  launch.most_row_tiles = gemm.rows / static_cast<int64_t>(launch.tile_rows) +
-                          std::min<int64_t>(gemm.groups.count, gemm.rows);
+  launch.most_row_tiles =
+      gemm.rows / static_cast<int64_t>(launch.tile_rows) + std::min<int64_t>(gemm.groups.count, gemm.rows);
   launch.overlap = gemm.overlap;
   launch.stream = gemm.stream;
 

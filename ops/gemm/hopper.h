@@ -14,7 +14,7 @@ bool can_run(GroupedGemm const& gemm);
 void run(GroupedGemm const& gemm);
 
 // Tiles of rows, by the most rows that a unit has (hopper_kernel.cuh).
-enum class TileRows : int { k32 = 32, k64 = 64, k128 = 128, k256 = 256 };
+enum class TileRows : int { k32 = 32, k64 = 64, k128 = 128, k288 = 288 };
 
 struct Launch {
   TileRows tile_rows = TileRows::k32;
@@ -30,7 +30,7 @@ void launch_float16(Launch const& launch, Product const& product);
 void launch_float16_gated(Launch const& launch, Product const& product);
 
 // Blocks of a cluster, and rows of the input in one copy.
-constexpr int cluster_of(TileRows rows) { return rows == TileRows::k256 ? 2 : 1; }
-constexpr int box_rows_of(TileRows rows) { return static_cast<int>(rows) / 4; }
+constexpr int cluster_of(TileRows rows) { return rows == TileRows::k288 ? 2 : 1; }
+constexpr int box_rows_of(TileRows rows) { return rows == TileRows::k288 ? 32 : static_cast<int>(rows) / 4; }
 
 }  // namespace moe_infer::hopper

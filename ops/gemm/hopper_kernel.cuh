@@ -44,21 +44,23 @@ struct Product {
   int32_t* counters = nullptr;
 };
 
-template <int kTokens_, int kStages_, int kCluster_>
+// kTokens rows of the input at most, in copies of kBoxRows.
+template <int kTokens_, int kBoxRows_, int kStages_, int kStoreBuffers_, int kCluster_>
 struct Tile {
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kBoxRows = kTokens / 4;  // of the input in one copy
+  static constexpr int kBoxRows = kBoxRows_;
+  static constexpr int kStoreBuffers = kStoreBuffers_;
   static constexpr int kTokenStage = kTokens * kRowBytes;
-  static_assert(kBoxRows % 8 == 0, "the swizzle repeats every 8 rows");
+  static_assert(kBoxRows % 8 == 0 && kTokens % kBoxRows == 0, "the swizzle repeats every 8 rows");
 };
 
 template <class TileT>
 struct SharedStorage {
   alignas(1024) uint8_t weights[TileT::kStages][kWeightStage];
   alignas(1024) uint8_t tokens[TileT::kStages][TileT::kTokenStage];
-  alignas(1024) uint8_t store[kMultipliers][2][kStoreBytes];
+  alignas(1024) uint8_t store[kMultipliers][TileT::kStoreBuffers][kStoreBytes];
   alignas(16) UnitQueue queue;
   uint64_t full[TileT::kStages];
   uint64_t empty[TileT::kStages];
@@ -179,49 +181,7 @@ class Multiplier {
     for (;;) {
       Unit const unit = take_unit<TileT::kCluster>(&shared_->queue, &queue);
       if (unit.rows == 0) break;
-      // The narrowest instruction that covers the rows.
-      if constexpr (TileT::kTokens == 32) {
-        if (unit.rows <= 8) {
-          compute<8>(unit);
-        } else if (unit.rows <= 16) {
-          compute<16>(unit);
-        } else {
-          compute<32>(unit);
-        }
-      } else if constexpr (TileT::kTokens == 64) {
-        if (unit.rows <= 16) {
-          compute<16>(unit);
-        } else if (unit.rows <= 32) {
-          compute<32>(unit);
-        } else {
-          compute<64>(unit);
-        }
-      } else if constexpr (TileT::kTokens == 128) {
-        if (unit.rows <= 32) {
-          compute<32>(unit);
-        } else if (unit.rows <= 64) {
-          compute<64>(unit);
-        } else if (unit.rows <= 96) {
-          compute<96>(unit);
-        } else {
-          compute<128>(unit);
-        }
-      } else {
-        static_assert(TileT::kTokens == 256, "an instruction for every number of rows");
-        if (unit.rows <= 32) {
-          compute<32>(unit);
-        } else if (unit.rows <= 64) {
-          compute<64>(unit);
-        } else if (unit.rows <= 96) {
-          compute<96>(unit);
-        } else if (unit.rows <= 128) {
-          compute<128>(unit);
-        } else if (unit.rows <= 192) {
-          compute<192>(unit);
-        } else {
-          compute<256>(unit);
-        }
-      }
+      compute_narrowest<TileT::kBoxRows>(unit);
     }
   }
 
@@ -229,20 +189,34 @@ class Multiplier {
   static constexpr int kChannels = kGated ? 32 : 64;  // of the output, a warpgroup
   static constexpr int kChunks = kChannels / 8;       // of 16 bytes in a row of the store buffer
 
+  // With few columns that cover the rows.
+  template <int kN>
+  __device__ void compute_narrowest(Unit const& unit) {
+    if constexpr (kN >= TileT::kTokens) {
+      compute<TileT::kTokens>(unit);
+    } else {
+      if (unit.rows <= kN) {
+        compute<kN>(unit);
+      } else {
+        compute_narrowest<TileT::kTokens <= 64 ? 2 * kN : kN + TileT::kBoxRows>(unit);
+      }
+    }
+  }
+
   template <int kN>
   __device__ void compute(Unit const& unit) {
     float sums[kN / 2] = {};
     uint32_t previous = 0;
     for (int32_t step = 0; step < product_->k_steps; ++step) {
       barrier_wait(&shared_->full[place_.stage], place_.phase);
-      uint64_t const a = descriptor(shared_address(shared_->weights[place_.stage]) +
-                                    static_cast<uint32_t>(group_) * 64 * kRowBytes);
+      uint64_t const a =
+          descriptor(shared_address(shared_->weights[place_.stage]) + static_cast<uint32_t>(group_) * 64 * kRowBytes);
       uint64_t const b = descriptor(shared_address(shared_->tokens[place_.stage]));
       hold(sums);
       mma_begin();
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) {
-        mma<T, kN>(a + i * kDescriptorStep, b + i * kDescriptorStep, sums, step > 0 || i > 0);
+        multiply<kN>(a + i * kDescriptorStep, b + i * kDescriptorStep, sums, step > 0 || i > 0);
       }
       mma_commit();
       hold(sums);
@@ -257,6 +231,16 @@ class Multiplier {
     hold(sums);
     release(previous);
     store<kN>(unit, sums);
+  }
+
+  // One instruction, or two where none has kN columns.
+  template <int kN>
+  __device__ static void multiply(uint64_t a, uint64_t b, float (&sums)[kN / 2], bool add) {
+    constexpr int kFirst = has_mma(kN) ? kN : kN - 32;
+    mma<T, kFirst>(a, b, sums, add);
+    if constexpr (kFirst < kN) {
+      mma<T, kN - kFirst>(a, b + (kFirst * kRowBytes >> 4), sums + kFirst / 2, add);
+    }
   }
 
   __device__ void release(uint32_t stage) {
@@ -281,10 +265,12 @@ class Multiplier {
       constexpr int kRows = kN < kStoredRows ? kN : kStoredRows;
       if (first >= unit.rows) break;
       uint8_t* const buffer = shared_->store[group_][buffer_];
+      // With two buffers the barrier of the round before says that this one has been read.
+      if constexpr (TileT::kStoreBuffers == 1) named_barrier(1 + static_cast<uint32_t>(group_), 128);
       to_buffer<kN, kRows>(buffer, first, sums);
       named_barrier(1 + static_cast<uint32_t>(group_), 128);
       from_buffer<kRows>(buffer, unit, first, first_channel);
-      buffer_ ^= 1;
+      if constexpr (TileT::kStoreBuffers == 2) buffer_ ^= 1;
     }
   }
 
@@ -292,11 +278,32 @@ class Multiplier {
   // belong to the output.
   template <int kN>
   __device__ void finish(Unit const& unit, int32_t first_channel, float (&sums)[kN / 2]) {
-    T const* const bias = product_->has_bias ? reinterpret_cast<T const*>(
-                                                   product_->groups.slots + unit.slot * product_->groups.slot_bytes +
-                                                   product_->bias_offset)
-                                             : nullptr;
-    Activation const activation = product_->activation;
+    T const* const bias =
+        product_->has_bias ? reinterpret_cast<T const*>(product_->groups.slots +
+                                                        unit.slot * product_->groups.slot_bytes + product_->bias_offset)
+                           : nullptr;
+    // The kind is known before the loops over the sums, and each loop has the code of one kind only.
+    Activation activation = product_->activation;
+    switch (activation.kind) {
+      case ActivationKind::kNone:
+        return finish_as<ActivationKind::kNone, kN>(unit, first_channel, bias, activation, sums);
+      case ActivationKind::kSilu:
+        return finish_as<ActivationKind::kSilu, kN>(unit, first_channel, bias, activation, sums);
+      case ActivationKind::kGelu:
+        return finish_as<ActivationKind::kGelu, kN>(unit, first_channel, bias, activation, sums);
+      case ActivationKind::kGeluTanh:
+        return finish_as<ActivationKind::kGeluTanh, kN>(unit, first_channel, bias, activation, sums);
+      case ActivationKind::kRelu:
+        return finish_as<ActivationKind::kRelu, kN>(unit, first_channel, bias, activation, sums);
+      case ActivationKind::kClampedSwiGlu:
+        return finish_as<ActivationKind::kClampedSwiGlu, kN>(unit, first_channel, bias, activation, sums);
+    }
+  }
+
+  template <ActivationKind kKind, int kN>
+  __device__ void finish_as(Unit const& unit, int32_t first_channel, T const* bias, Activation activation,
+                            float (&sums)[kN / 2]) {
+    activation.kind = kKind;
     if constexpr (kGated) {
       int32_t const channel = first_channel + warp_ * 8 + lane_ / 4;
       float gate_bias = 0.0F;
@@ -309,23 +316,20 @@ class Multiplier {
       for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          sums[4 * j + i] =
-              apply_gated<true>(activation, sums[4 * j + i] + gate_bias, sums[4 * j + 2 + i] + up_bias);
+          sums[4 * j + i] = apply_gated<true>(activation, sums[4 * j + i] + gate_bias, sums[4 * j + 2 + i] + up_bias);
         }
       }
     } else {
       auto const* const source = static_cast<T const*>(product_->source);
       int32_t const channel = first_channel + warp_ * 16 + lane_ / 4;
-      bool const plain = bias == nullptr && source == nullptr && activation.is_none();
-      if (plain) return;
+      if (kKind == ActivationKind::kNone && bias == nullptr && source == nullptr) return;
       float const low = bias != nullptr && channel < product_->channels ? to_float(bias[channel]) : 0.0F;
       float const high = bias != nullptr && channel + 8 < product_->channels ? to_float(bias[channel + 8]) : 0.0F;
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float value = sums[4 * j + i] + (i < 2 ? low : high);
-          value = apply_plain<true>(activation, value);
+          float value = apply_plain<true>(activation, sums[4 * j + i] + (i < 2 ? low : high));
           int32_t const row = 8 * j + 2 * (lane_ % 4) + i % 2;
           int32_t const at = channel + (i < 2 ? 0 : 8);
           if (source != nullptr && row < unit.rows && at < product_->channels) {
@@ -436,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 0 && first_lane) {
       Producer<TileT, kGated>(shared, &weights, &tokens, &product).run();
     } else if (warp == 1 && cluster_rank() == 0) {
-      UnitsOfGroups const units{product.groups, TileT::kTokens, product.blocks, shared->units_end};
+      UnitsOfGroups const units{product.groups, TileT::kTokens, TileT::kBoxRows, product.blocks, shared->units_end};
       count_units(product.groups, TileT::kTokens, product.blocks, shared->units_end);
       schedule_units<TileT::kCluster>(&shared->queue, units, product.counters,
                                       static_cast<int32_t>(gridDim.x) / TileT::kCluster);

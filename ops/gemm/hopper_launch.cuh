@@ -11,15 +11,16 @@
 namespace moe_infer::hopper {
 
 // Stages fill the shared memory of a multiprocessor.
-using Tile32 = Tile<32, 10, cluster_of(TileRows::k32)>;
-using Tile64 = Tile<64, 8, cluster_of(TileRows::k64)>;
-using Tile128 = Tile<128, 6, cluster_of(TileRows::k128)>;
-using Tile256 = Tile<256, 4, cluster_of(TileRows::k256)>;
+template <TileRows kRows, int kStages, int kStoreBuffers>
+using TileOf = Tile<static_cast<int>(kRows), box_rows_of(kRows), kStages, kStoreBuffers, cluster_of(kRows)>;
+using Tile32 = TileOf<TileRows::k32, 10, 2>;
+using Tile64 = TileOf<TileRows::k64, 8, 2>;
+using Tile128 = TileOf<TileRows::k128, 6, 2>;
+using Tile288 = TileOf<TileRows::k288, 4, 1>;
 
 template <class T, class TileT, bool kGated>
 void launch_tile(Launch const& launch, Product const& product) {
   static_assert(kSharedBytes<TileT> <= 227 * 1024, "what a block can have");
-  static_assert(TileT::kBoxRows == TileT::kTokens / 4 && TileT::kBoxRows <= 256, "hopper.h");
   auto* const kernel = &grouped_kernel<T, TileT, kGated>;
   allow_shared_memory(reinterpret_cast<void const*>(kernel), kSharedBytes<TileT>);
   int64_t const clusters =
@@ -43,8 +44,8 @@ void launch_type(Launch const& launch, Product const& product) {
       return launch_tile<T, Tile64, kGated>(launch, product);
     case TileRows::k128:
       return launch_tile<T, Tile128, kGated>(launch, product);
-    case TileRows::k256:
-      return launch_tile<T, Tile256, kGated>(launch, product);
+    case TileRows::k288:
+      return launch_tile<T, Tile288, kGated>(launch, product);
   }
 }
 

@@ -156,16 +156,16 @@ __device__ inline void take_registers() {
 template <class T, int kN>
 struct Mma;
 
-#define MOE_HOPPER_MMA(kN)                                                                            \
-  template <>                                                                                         \
-  struct Mma<__nv_bfloat16, kN> {                                                                     \
-    using Type = cute::SM90::GMMA::MMA_64x##kN##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K,        \
-                                                                   cute::SM90::GMMA::Major::K>;       \
-  };                                                                                                  \
-  template <>                                                                                         \
-  struct Mma<__half, kN> {                                                                            \
-    using Type = cute::SM90::GMMA::MMA_64x##kN##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K,          \
-                                                                 cute::SM90::GMMA::Major::K>;         \
+#define MOE_HOPPER_MMA(kN)                                                                                         \
+  template <>                                                                                                      \
+  struct Mma<__nv_bfloat16, kN> {                                                                                  \
+    using Type =                                                                                                   \
+        cute::SM90::GMMA::MMA_64x##kN##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+  };                                                                                                               \
+  template <>                                                                                                      \
+  struct Mma<__half, kN> {                                                                                         \
+    using Type =                                                                                                   \
+        cute::SM90::GMMA::MMA_64x##kN##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
   };
 MOE_HOPPER_MMA(8)
 MOE_HOPPER_MMA(16)
@@ -177,15 +177,19 @@ MOE_HOPPER_MMA(192)
 MOE_HOPPER_MMA(256)
 #undef MOE_HOPPER_MMA
 
+constexpr bool has_mma(int n) {
+  return n == 8 || n == 16 || n == 32 || n == 64 || n == 96 || n == 128 || n == 192 || n == 256;
+}
+
 template <class T, int kN, size_t... kIndex>
 __device__ inline void mma_unpacked(uint64_t a, uint64_t b, float* sums, bool add, std::index_sequence<kIndex...>) {
   Mma<T, kN>::Type::fma(a, b, sums[kIndex]...,
                         add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
 }
 
-// sums = A @ B^T (+ sums, if `add`).
+// sums (kN / 2) = A @ B^T (+ sums, if `add`).
 template <class T, int kN>
-__device__ inline void mma(uint64_t a, uint64_t b, float (&sums)[kN / 2], bool add) {
+__device__ inline void mma(uint64_t a, uint64_t b, float* sums, bool add) {
   mma_unpacked<T, kN>(a, b, sums, add, std::make_index_sequence<kN / 2>{});
 }
 

@@ -82,8 +82,9 @@ constexpr int32_t kTilesTogether = 16;
 
 struct UnitsOfGroups {
   ExpertGroups groups;
-  int32_t tile_rows;
-  int32_t blocks;  // of channels
+  int32_t tile_rows;   // most rows of a tile
+  int32_t grain;       // rows by which tiles differ
+  int32_t blocks;      // of channels
   int32_t const* end;  // (groups.count), shared memory: units of groups 0 .. g
 
   __device__ Unit at(int32_t index) const {
@@ -106,8 +107,13 @@ struct UnitsOfGroups {
     int32_t const together = min(kTilesTogether, tiles - first_tile);
     int32_t const rest = local - first_tile * blocks;
     int32_t const tile = first_tile + rest % together;
-    return {begin + tile * tile_rows, min(tile_rows, rows - tile * tile_rows), rest / together,
-            groups.slot_of_group[low]};
+    // Tiles of an expert are as equal as grains allow: a small one at the end would cost its weights all the same.
+    int32_t const grains = (rows + grain - 1) / grain;
+    int32_t const least = grains / tiles;
+    int32_t const larger = grains % tiles;  // tiles with one grain more; they come first
+    int32_t const first_row = (tile * least + min(tile, larger)) * grain;
+    int32_t const size = (least + (tile < larger ? 1 : 0)) * grain;
+    return {begin + first_row, min(size, rows - first_row), rest / together, groups.slot_of_group[low]};
   }
 };
 

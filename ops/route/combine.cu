@@ -46,8 +46,7 @@ __global__ void combine_kernel(T const* __restrict__ expert_output, T const* __r
 }  // namespace
 
 void combine(void const* expert_output, void const* hidden_states, DataType dtype, Router router, int64_t tokens,
-             int64_t d_model, int32_t top_k, Routing const& routing, void* output, bool overlap,
-             cudaStream_t stream) {
+             int64_t d_model, int32_t top_k, Routing const& routing, void* output, bool overlap, cudaStream_t stream) {
   if (tokens == 0) return;
   bool const keep = router == Router::kBaseLayer;
   with_element(dtype, [&](auto tag) {

@@ -1,8 +1,14 @@
-// Sorts the choices by expert: a stable radix sort on as many bits as expert indices have, then a search for each
-// expert's first row in the sorted indices, and the inverse map.
-#include <cub/device/device_radix_sort.cuh>
+// Groups the choices by expert: a counting sort, stable, so that an expert's rows are in the order of their tokens.
+//
+// Blocks take consecutive stretches of the choices and count the experts in them; from the counts of all stretches each
+// block then knows where its own rows begin and places them. Within a block the warps do the same with stretches of
+// their own. Few choices take one block, which counts and places at once.
+#include <algorithm>
+#include <cub/block/block_scan.cuh>
 
 #include "core/cuda_check.h"
+#include "core/grid_dependency.cuh"
+#include "core/launch.h"
 #include "route/group_scratch.h"
 #include "route/route.h"
 #include "sublayers/sub_layer.h"
@@ -10,84 +16,171 @@
 namespace moe_infer {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int64_t kStretch = 1024;  // choices of a block, while there are few blocks
+constexpr int64_t kMostBlocks = 128;
+constexpr int kItems = kMaxExperts / kThreads;  // experts of a thread in the scan
+constexpr unsigned kAll = 0xffffffffU;
 
-int bits_of(int32_t experts) {
-  int bits = 1;
-  while (bits < 31 && (1 << bits) < experts) ++bits;
-  return bits;
+struct Choices {
+  int32_t const* expert_of_choice;
+  int32_t rows;
+  int32_t experts;
+  int32_t stretch;
+  int32_t* block_counts;  // (blocks, experts)
+};
+
+struct Range {
+  int32_t begin;
+  int32_t end;
+};
+
+// The part of `whole` that is the turn of `index` of `parts`.
+__device__ Range part_of(Range whole, int32_t index, int32_t parts) {
+  int32_t const size = (whole.end - whole.begin + parts - 1) / parts;
+  int32_t const begin = min(whole.end, whole.begin + index * size);
+  return {begin, min(whole.end, begin + size)};
 }
 
-// Both the size query and the sort, so that they cannot differ.
-void sort(void* scratch, size_t* scratch_bytes, int64_t rows, int32_t experts, uint32_t const* keys,
-          uint32_t* sorted_keys, int32_t const* values, int32_t* sorted_values, cudaStream_t stream) {
-  MOE_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(scratch, *scratch_bytes, keys, sorted_keys, values, sorted_values,
-                                                 static_cast<int>(rows), 0, bits_of(experts), stream));
+__device__ Range stretch_of_block(Choices const& c) {
+  int32_t const begin = static_cast<int32_t>(blockIdx.x) * c.stretch;
+  return {begin, min(c.rows, begin + c.stretch)};
 }
 
-size_t keys_bytes(int64_t rows) { return (static_cast<size_t>(rows) * sizeof(uint32_t) + 255) / 256 * 256; }
-
-__global__ void __launch_bounds__(kThreads) number_kernel(int32_t rows, int32_t* numbers, int32_t* counters) {
-  int64_t const i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < rows) numbers[i] = static_cast<int32_t>(i);
-  if (i < kCountersOfCall) counters[i] = 0;
+__global__ void __launch_bounds__(kThreads) count_kernel(Choices const c, int32_t* counters) {
+  extern __shared__ int32_t counts[];  // (experts)
+  wait_for_previous_kernel();
+  start_next_kernel();
+  if (blockIdx.x == 0 && threadIdx.x < kCountersOfCall) counters[threadIdx.x] = 0;
+  for (int32_t e = static_cast<int32_t>(threadIdx.x); e < c.experts; e += kThreads) counts[e] = 0;
+  __syncthreads();
+  Range const own = stretch_of_block(c);
+  for (int32_t i = own.begin + static_cast<int32_t>(threadIdx.x); i < own.end; i += kThreads) {
+    atomicAdd(&counts[c.expert_of_choice[i]], 1);
+  }
+  __syncthreads();
+  for (int32_t e = static_cast<int32_t>(threadIdx.x); e < c.experts; e += kThreads) {
+    c.block_counts[static_cast<int64_t>(blockIdx.x) * c.experts + e] = counts[e];
+  }
 }
 
-// First row whose expert is at least `expert`.
-__device__ int32_t first_row(uint32_t const* experts_of_rows, int32_t rows, uint32_t expert) {
-  int32_t low = 0;
-  int32_t high = rows;
-  while (low < high) {
-    int32_t const middle = low + (high - low) / 2;
-    if (experts_of_rows[middle] < expert) {
-      low = middle + 1;
+// One block alone (gridDim.x == 1) needs no counts of others.
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(Choices const c, int32_t* __restrict__ row_of_choice, int32_t* __restrict__ choice_of_row,
+                 int32_t* __restrict__ row_begin, int32_t* __restrict__ counts, int32_t* counters) {
+  using Scan = cub::BlockScan<int32_t, kThreads>;
+  extern __shared__ int32_t next[];  // (warps, experts): the next row of the expert for the warp
+  __shared__ typename Scan::TempStorage scan;
+  auto const thread = static_cast<int32_t>(threadIdx.x);
+  int32_t const lane = thread % kLanes;
+  int32_t* const own_next = next + static_cast<int64_t>(thread / kLanes) * c.experts;
+  bool const alone = gridDim.x == 1;
+  for (int32_t i = thread; i < kWarps * c.experts; i += kThreads) next[i] = 0;
+  __syncthreads();
+  wait_for_previous_kernel();
+  start_next_kernel();
+  if (alone && thread < kCountersOfCall) counters[thread] = 0;
+
+  Range const own = part_of(stretch_of_block(c), thread / kLanes, kWarps);
+  for (int32_t i = own.begin + lane; i < own.end; i += kLanes) atomicAdd(&own_next[c.expert_of_choice[i]], 1);
+  __syncthreads();
+
+  // A thread's experts are consecutive, as the scan wants them.
+  int32_t total[kItems];   // rows of the expert
+  int32_t before[kItems];  // of these, rows of earlier blocks
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    int32_t const e = thread * kItems + k;
+    total[k] = 0;
+    before[k] = 0;
+    if (e >= c.experts) continue;
+    if (alone) {
+      for (int w = 0; w < kWarps; ++w) total[k] += next[w * c.experts + e];
     } else {
-      high = middle;
+      for (unsigned b = 0; b < gridDim.x; ++b) {
+        int32_t const count = c.block_counts[static_cast<int64_t>(b) * c.experts + e];
+        total[k] += count;
+        if (b < blockIdx.x) before[k] += count;
+      }
     }
   }
-  return low;
+  int32_t begin[kItems];
+  Scan(scan).ExclusiveSum(total, begin);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    int32_t const e = thread * kItems + k;
+    if (e >= c.experts) continue;
+    if (blockIdx.x == 0) {
+      row_begin[e] = begin[k];
+      counts[e] = total[k];
+      if (e == c.experts - 1) row_begin[c.experts] = c.rows;
+    }
+    int32_t row = begin[k] + before[k];
+    for (int w = 0; w < kWarps; ++w) {
+      int32_t const count = next[w * c.experts + e];
+      next[w * c.experts + e] = row;
+      row += count;
+    }
+  }
+  __syncthreads();
+
+  for (int32_t first = own.begin; first < own.end; first += kLanes) {
+    int32_t const i = first + lane;
+    bool const there = i < own.end;
+    // Lanes without a choice agree on an expert that does not exist.
+    int32_t const e = there ? c.expert_of_choice[i] : c.experts;
+    unsigned const peers = __match_any_sync(kAll, e);
+    int32_t const rank = __popc(peers & ((1U << lane) - 1U));
+    int32_t const row = there ? own_next[e] + rank : 0;
+    __syncwarp();
+    if (there) {
+      if (rank == 0) own_next[e] = row + __popc(peers);
+      row_of_choice[i] = row;
+      choice_of_row[row] = i;
+    }
+    __syncwarp();
+  }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    find_rows_kernel(uint32_t const* __restrict__ experts_of_rows, int32_t const* __restrict__ choice_of_row,
-                     int32_t rows, int32_t experts, int32_t* __restrict__ row_of_choice,
-                     int32_t* __restrict__ row_begin, int32_t* __restrict__ counts) {
-  int64_t const i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < rows) row_of_choice[choice_of_row[i]] = static_cast<int32_t>(i);
-  if (i <= experts) {
-    int32_t const begin = first_row(experts_of_rows, rows, static_cast<uint32_t>(i));
-    row_begin[i] = begin;
-    if (i < experts) counts[i] = first_row(experts_of_rows, rows, static_cast<uint32_t>(i + 1)) - begin;
-  }
+struct Blocks {
+  int32_t count;
+  int32_t stretch;
+};
+
+Blocks blocks_for(int64_t rows) {
+  int64_t const most = std::min(kMostBlocks, (rows + kStretch - 1) / kStretch);
+  int64_t const stretch = (rows + most - 1) / most;
+  return {static_cast<int32_t>((rows + stretch - 1) / stretch), static_cast<int32_t>(stretch)};
 }
 
 }  // namespace
 
 size_t group_scratch_bytes(int64_t rows, int32_t experts) {
   if (rows == 0) return 0;
-  size_t bytes = 0;
-  sort(nullptr, &bytes, rows, experts, nullptr, nullptr, nullptr, nullptr, nullptr);
-  return keys_bytes(rows) + bytes;
+  return static_cast<size_t>(blocks_for(rows).count) * static_cast<size_t>(experts) * sizeof(int32_t);
 }
 
-void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, cudaStream_t stream) {
+void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, bool overlap,
+                     cudaStream_t stream) {
   if (tokens == 0) return;
   int64_t const rows = tokens * top_k;
-  auto* const sorted_keys = static_cast<uint32_t*>(routing.sort_scratch);
-  void* const scratch = static_cast<uint8_t*>(routing.sort_scratch) + keys_bytes(rows);
-  size_t scratch_bytes = routing.sort_scratch_bytes - keys_bytes(rows);
-  int32_t* const numbers = routing.row_of_choice;  // until the inverse map takes its place
-
-  number_kernel<<<static_cast<unsigned>((rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      static_cast<int32_t>(rows), numbers, routing.counters);
-  MOE_CUDA_CHECK(cudaGetLastError());
-  sort(scratch, &scratch_bytes, rows, experts, reinterpret_cast<uint32_t const*>(routing.expert_of_choice), sorted_keys,
-       numbers, routing.choice_of_row, stream);
-  int64_t const threads = rows > experts + 1 ? rows : experts + 1;
-  find_rows_kernel<<<static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-      sorted_keys, routing.choice_of_row, static_cast<int32_t>(rows), experts, routing.row_of_choice, routing.row_begin,
-      routing.counts);
-  MOE_CUDA_CHECK(cudaGetLastError());
+  Blocks const blocks = blocks_for(rows);
+  Choices const choices{routing.expert_of_choice, static_cast<int32_t>(rows), experts, blocks.stretch,
+                        static_cast<int32_t*>(routing.group_scratch)};
+  LaunchShape shape;
+  shape.blocks = static_cast<unsigned>(blocks.count);
+  shape.threads = kThreads;
+  shape.overlap = overlap;
+  shape.stream = stream;
+  if (blocks.count > 1) {
+    shape.shared_bytes = sizeof(int32_t) * static_cast<size_t>(experts);
+    launch(&count_kernel, shape, choices, routing.counters);
+  }
+  shape.shared_bytes = sizeof(int32_t) * static_cast<size_t>(experts) * kWarps;
+  launch(&place_kernel, shape, choices, routing.row_of_choice, routing.choice_of_row, routing.row_begin, routing.counts,
+         routing.counters);
 }
 
 }  // namespace moe_infer

@@ -20,8 +20,7 @@ size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_
   r.row_begin = slices.take<int32_t>(columns + 1);
   r.counts = slices.take<int32_t>(columns);
   r.counters = slices.take<int32_t>(kCountersOfCall);
-  r.sort_scratch_bytes = group_scratch_bytes(static_cast<int64_t>(rows), experts);
-  r.sort_scratch = slices.take<uint8_t>(r.sort_scratch_bytes);
+  r.group_scratch = slices.take<uint8_t>(group_scratch_bytes(static_cast<int64_t>(rows), experts));
   if (routing != nullptr) *routing = r;
   return slices.bytes();
 }

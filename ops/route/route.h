@@ -24,8 +24,7 @@ struct Routing {
   int32_t* row_begin = nullptr;  // (experts + 1): expert e has rows row_begin[e] .. row_begin[e + 1]
   int32_t* counts = nullptr;     // (experts)
   int32_t* counters = nullptr;   // kCountersOfCall zeros for the sub-layer
-  void* sort_scratch = nullptr;  // CUB
-  size_t sort_scratch_bytes = 0;
+  void* group_scratch = nullptr;
 
   // The one place that sizes and slices this workspace: with base == nullptr only the size is computed.
   static size_t layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_logits, uint8_t* base,
@@ -44,10 +43,12 @@ void compute_scores(void const* hidden_states, DataType dtype, RouterWeights con
 void select_experts(void const* scores, DataType scores_dtype, Router router, bool normalize, int64_t tokens,
                     int32_t experts, int32_t top_k, Routing const& routing, cudaStream_t stream);
 // Sorts the choices by expert and finds each expert's rows.
-void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, cudaStream_t stream);
+// `overlap`, here and below: start while the previous kernel still runs (core/launch.h).
+void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, bool overlap,
+                     cudaStream_t stream);
 // grouped[r] = hidden_states[choice_of_row[r] / top_k].
 void gather_rows(void const* hidden_states, DataType dtype, int64_t tokens, int64_t d_model, int32_t top_k,
-                 Routing const& routing, void* grouped, cudaStream_t stream);
+                 Routing const& routing, void* grouped, bool overlap, cudaStream_t stream);
 // output[t] = sum over k of weight * expert_output[row_of_choice[t * top_k + k]] (float32 sum in the order of k);
 // base_layer adds (1 - weight) * hidden_states[t].
 void combine(void const* expert_output, void const* hidden_states, DataType dtype, Router router, int64_t tokens,

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "sublayers/row_kernels.h"
+#include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {
 namespace {
@@ -17,6 +18,17 @@ int64_t inner_columns(SubLayerShape const& shape) {
 
 size_t inner_bytes(SubLayerShape const& shape, int64_t rows) {
   return aligned_size(static_cast<size_t>(rows) * static_cast<size_t>(inner_columns(shape)) * size_of(shape.dtype));
+}
+
+TokenFeedForward for_token(GatedFeedForward const& layer) {
+  TokenFeedForward token;
+  token.shape = layer.shape;
+  token.activation = layer.activation;
+  token.first_offset = layer.gate_up_offset;
+  token.down_offset = layer.down_offset;
+  token.has_norm = layer.has_norm;
+  token.norm_offset = layer.norm_offset;
+  return token;
 }
 
 }  // namespace
@@ -67,6 +79,17 @@ void GatedFeedForward::run(SubLayerCall const& call, void const* input, void con
   gemm.output = call.output;
   gemm.activation = Activation::none();
   grouped_gemm(gemm);
+}
+
+bool GatedFeedForward::has_run_token() const { return TokenFeedForward::can_run(shape); }
+
+void GatedFeedForward::run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
+                                 cudaStream_t stream) const {
+  for_token(*this).run(groups, token, workspace, overlap, stream);
+}
+
+void GatedFeedForward::run_token_expert(SubLayerCall const& call) const {
+  for_token(*this).run_expert(call, call.workspace);
 }
 
 }  // namespace moe_infer

@@ -10,7 +10,7 @@ class GatedSilu final : public MoESubLayer {
   explicit GatedSilu(SubLayerShape const& shape) : MoESubLayer(shape) {
     GatedFeedForward::check(shape);
     layout_ = SlotLayout(GatedSilu::tensors(), shape.dtype);
-    feed_forward_ = {shape, layout_.offsets[0], layout_.offsets[1], Activation::gate(ActivationKind::kSilu)};
+    feed_forward_ = {shape, layout_.offsets[0], layout_.offsets[1], Activation::gate(ActivationKind::kSilu), false, 0};
   }
 
   std::vector<ExpertTensor> tensors() const override {
@@ -24,7 +24,14 @@ class GatedSilu final : public MoESubLayer {
 
   void run(SubLayerCall const& call) const override {
     if (call.rows == 0 || call.groups.count == 0) return;
+    if (feed_forward_.runs_as_token(call)) return feed_forward_.run_token_expert(call);
     feed_forward_.run(call, call.input, nullptr, static_cast<uint8_t*>(call.workspace));
+  }
+
+  bool has_run_token() const override { return feed_forward_.has_run_token(); }
+  void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
+                 cudaStream_t stream) const override {
+    feed_forward_.run_token(groups, token, workspace, overlap, stream);
   }
 
  private:

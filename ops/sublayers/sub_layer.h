@@ -60,9 +60,20 @@ struct SubLayerCall {
                                 // every bit
   int32_t expert_count = 0;
   int32_t* counters = nullptr;  // kCountersOfCall, zero before and after; the products of a call take two each
+  bool single_token = false;    // the layer runs one token: a sub-layer that has run_token must give its bits
   bool overlap = false;         // kernels may start while the previous one runs: no stream but this one is involved
   void* workspace = nullptr;
   cudaStream_t stream = nullptr;
+};
+
+// A single token and its experts, on the device.
+struct TokenChoices {
+  void const* hidden_states = nullptr;        // (d_model)
+  int32_t const* expert_of_choice = nullptr;  // (top_k)
+  float const* weight_of_choice = nullptr;    // (top_k)
+  int32_t top_k = 0;
+  bool keep = false;       // base_layer: output = weight * expert(x) + (1 - weight) * x
+  void* output = nullptr;  // (d_model)
 };
 
 class MoESubLayer {
@@ -76,6 +87,12 @@ class MoESubLayer {
   virtual size_t workspace_bytes(int64_t rows, int32_t groups) const = 0;
   // Enqueues the experts of call.groups. Must not synchronise or allocate.
   virtual void run(SubLayerCall const& call) const = 0;
+
+  // A sub-layer may have a way of its own for a single token with all experts resident, from the token to the weighted
+  // sum. `groups` gives the slots; its rows are not there. Must not synchronise or allocate.
+  virtual bool has_run_token() const { return false; }
+  virtual void run_token(ExpertGroups const&, TokenChoices const&, void* /*workspace*/, bool /*overlap*/,
+                         cudaStream_t) const {}
 
   SubLayerShape const& shape() const { return shape_; }
 

@@ -12,7 +12,8 @@ class T5FeedForward final : public MoESubLayer {
   explicit T5FeedForward(SubLayerShape const& shape) : MoESubLayer(shape) {
     GatedFeedForward::check(shape);
     layout_ = SlotLayout(T5FeedForward::tensors(), shape.dtype);
-    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::gate(ActivationKind::kGeluTanh)};
+    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::gate(ActivationKind::kGeluTanh),
+                     true,  layout_.offsets[0]};
   }
 
   std::vector<ExpertTensor> tensors() const override {
@@ -28,9 +29,16 @@ class T5FeedForward final : public MoESubLayer {
 
   void run(SubLayerCall const& call) const override {
     if (call.rows == 0 || call.groups.count == 0) return;
+    if (feed_forward_.runs_as_token(call)) return feed_forward_.run_token_expert(call);
     auto* const normed = static_cast<uint8_t*>(call.workspace);
     rms_norm_rows(call, shape_.dtype, shape_.d_model, layout_.offsets[0], normed);
     feed_forward_.run(call, normed, call.input, normed + normed_bytes(call.rows));
+  }
+
+  bool has_run_token() const override { return feed_forward_.has_run_token(); }
+  void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
+                 cudaStream_t stream) const override {
+    feed_forward_.run_token(groups, token, workspace, overlap, stream);
   }
 
  private:
