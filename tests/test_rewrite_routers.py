@@ -309,6 +309,16 @@ MISSES: dict[str, tuple[str, dict[str, str], str]] = {
         },
         "repeated",
     ),
+    "scores summed over each group": (
+        GROUPED,
+        {
+            "pair, pair_i = TopK <axis = -1> (groups, two)": (
+                "pair = ReduceSum <keepdims = 1> (groups, last)"
+            ),
+            "  two = Constant <value = int64[1] {2}> ()\n": "",
+        },
+        "known is the sum of the 2 best scores",
+    ),
     "sparse mixer with two thresholds": (
         MIXER,
         {
@@ -355,6 +365,17 @@ MISSES: dict[str, tuple[str, dict[str, str], str]] = {
             "uc = Clip (u, bottom, top)": (
                 "more = Constant <value_float = 0.8> ()\n  uc = Clip (u, bottom, more)"
             )
+        },
+        "the activation between the projections is not known",
+    ),
+    "clamped far outside": (
+        BLOCK,
+        {
+            "  sg = Sigmoid (g)\n": (
+                "  far = Constant <value_float = 20.0> ()\n  gc = Clip (g, , far)\n"
+                "  sg = Sigmoid (gc)\n"
+            ),
+            "act = Mul (g, sg)": "act = Mul (gc, sg)",
         },
         "the activation between the projections is not known",
     ),

@@ -59,7 +59,7 @@ _FUNCTIONS: dict[str, Callable[[list[float]], float]] = {
     "rsqrt": lambda v: 1 / math.sqrt(v[0]),
     "sigmoid": lambda v: _sigmoid(v[0]),
     "tanh": lambda v: math.tanh(v[0]),
-    "exp": lambda v: math.exp(v[0]),
+    "exp": lambda v: math.exp(v[0]) if v[0] < 700 else math.inf,
     "erf": lambda v: math.erf(v[0]),
     "relu": lambda v: max(v[0], 0.0),
     "gelu": lambda v: _gelu(v[0]),
@@ -74,8 +74,10 @@ ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "identity": lambda x: x,
 }
 
-_SAMPLES = (-6.0, -3.1, -1.7, -0.75, -0.2, 0.0, 0.3, 0.9, 1.6, 2.8, 5.5)
-_UPS = (-2.5, 0.0, 0.7, 1.0)
+_SAMPLES = (-1e4, -30.0, -6.0, -3.1, -1.7, -0.75, -0.2, 0.0, 0.3, 0.9, 1.6, 2.8, 5.5, 30.0, 1e4)
+"""The far ones show a limit."""
+
+_UPS = (-1e4, -2.5, 0.0, 0.7, 1.0, 1e4)
 
 
 def activation_name(function: Callable[[float], float | None]) -> str | None:

@@ -138,7 +138,8 @@ class Algebra:
             (outer if _constant_along(factor, atom) else inner).append(factor)
         if inner:
             body = self.mul(inner)
-            return self.mul((*outer, self.make("sum", (body,), (atom,), body.atoms - {atom})))
+            left = _without(body.atoms, atom) if atom in ("e", "g", "i") else body.atoms - {atom}
+            return self.mul((*outer, self.make("sum", (body,), (atom,), left)))
         if size is None:
             return self.make("sum", (e,), (atom,))
         return self.mul((*outer, self.const(size)))
@@ -251,6 +252,6 @@ def _lowest(e: Expr) -> bool:
 def _constant_along(e: Expr, atom: str) -> bool:
     # A stored weight's own axes ("name#1") take another name where they meet an activation's, so
     # an expression that still has some may vary along any atom.
-    if atom == "e" and e.atoms & {"g", "i"}:
+    if (atom == "e" and e.atoms & {"g", "i"}) or (atom in ("g", "i") and "e" in e.atoms):
         return False
     return atom not in e.atoms and not any("#" in a for a in e.atoms)

@@ -206,7 +206,8 @@ class Interpreter:
         tensor = view.constants.get(name)
         if tensor is None or tensor.data_type not in _FLOATS:
             return None
-        if tensor.dims and tensor.dims[-1] == experts == np.prod(tensor.dims, dtype=np.int64):
+        single = tensor.data_type != TensorProto.DOUBLE
+        if single and tensor.dims and list(tensor.dims) == [*[1] * (len(tensor.dims) - 1), experts]:
             axes = (*((),) * (len(tensor.dims) - 1), ("e",))
             return Value(axes, algebra.make("vector", (), (name,), ("e",)))
         if len(tensor.dims) < 2 or tensor.dims[0] != experts:

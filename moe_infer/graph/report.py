@@ -8,6 +8,16 @@ from pathlib import Path
 from moe_infer.graph.match import NearMiss
 from moe_infer.op import LayerConfig
 
+_MORE = (
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "router_jitter",
+    "activation_alpha",
+    "activation_beta",
+    "swiglu_limit",
+)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -30,13 +40,18 @@ class LayerReport:
     def __str__(self) -> str:
         c = self.config
         normalized = ", normalised" if c.normalize_routing_weights else ""
+        more = "".join(f", {name} {c.to_attributes()[name]:g}" for name in self._more())
         return (
             f"layer {self.index}: {self.node_name}: {c.expert_count} experts"
             f" {c.expert_sublayer_type} {self.d_model} x {c.hidden_size}, {c.moe_variant}"
-            f" top {c.top_k}{normalized},"
+            f" top {c.top_k}{normalized}{more},"
             f" {_size(self.nbytes)}, in place of {len(self.removed_nodes)} nodes (family"
             f" '{self.family}')"
         )
+
+    def _more(self) -> list[str]:
+        """Attributes that differ from their defaults and are worth a word."""
+        return [name for name in _MORE if name in self.config.to_attributes()]
 
 
 @dataclass

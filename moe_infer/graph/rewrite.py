@@ -169,7 +169,7 @@ def find_layers(view: GraphView, report: RewriteReport, copy_shared: bool) -> li
             regions.append(region.ancestors)
             # Before anything is written: the file and its digest do not matter here.
             candidate = _with_router_bias(candidate, view)
-            config = _config(candidate, 0, EXPERTS_NAME, "", None)
+            config = _checked_config(candidate)
             names = candidate.hidden_states, candidate.output, candidate.router_logits
             check_types(view, *names, config)
             layers.append((candidate, open_constants(view, candidate)))
@@ -189,6 +189,14 @@ def _with_router_bias(match: Match, view: GraphView) -> Match:
     bias = Constant(view.constants[match.router_bias], view.base_dir)
     values = np.concatenate([bias.entry(i).ravel() for i in range(bias.shape[0])])
     return replace(match, options={**match.options, "router_bias": tuple(map(float, values))})
+
+
+def _checked_config(match: Match) -> LayerConfig:
+    """The configuration, of a graph that may hold what the operator does not take."""
+    try:
+        return _config(match, 0, EXPERTS_NAME, "", None)
+    except ValueError as error:
+        raise ReplaceError(f"'{match.output}'", str(error)) from error
 
 
 def _refused(match: Match, node: str, reason: str) -> NearMiss:

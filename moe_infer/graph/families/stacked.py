@@ -254,6 +254,8 @@ def _ends(
     if reader.env[hidden].axes == reader.output_axes and kind(output) == kind(hidden):
         return hidden, output
     found = _read_by_experts(view, reader, output, logits)
+    if len(found) > 1 and reader.env[hidden].axes == reader.output_axes:
+        return hidden, output  # from which all of them are made
     same = [name for name in found if kind(name) == kind(output)]
     return (same or found or [hidden])[0], output
 
