@@ -30,8 +30,11 @@ D_MODEL, HIDDEN, EXPERTS = 24, 40, 6
 CPU = ["CPUExecutionProvider"]
 
 
-def run_model(model: onnx.ModelProto, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
+def run_model(
+    model: onnx.ModelProto, feeds: dict[str, Any], level: str = "ORT_ENABLE_ALL"
+) -> np.ndarray[Any, Any]:
     options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     folder = {p.key: p.value for p in model.metadata_props}.get(FOLDER_KEY)
     if folder:
         options.add_session_config_entry(
@@ -607,3 +610,25 @@ def test_a_bfloat16_graph_runs_on_the_cpu(tmp_path: Path) -> None:
     config = config_of(attributes)
     layer = reference.moe_layer(x, config, open_expert_weights(config), logits)
     assert_close(found, 2 * np.tanh(layer), "bfloat16")
+
+
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC"])
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("sublayer", ["T5_FF", "Gated_SiLU", "Identity"])
+def test_levels_of_optimization(tmp_path: Path, sublayer: str, dtype: str, level: str) -> None:
+    """Two layers, so that one's input is an intermediate value that nothing else reads."""
+    attributes = case(tmp_path, sublayer, dtype=dtype)
+    config, weights = config_of(attributes), None
+    if config.tensors:
+        weights = open_expert_weights(config, D_MODEL)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((9, D_MODEL)).astype(NUMPY[dtype])
+    scores = separated_scores(rng, 9, EXPERTS)
+    expected = x
+    for _ in range(2):
+        expected = reference.moe_layer(expected, config, weights or {}, scores)
+        expected = expected.astype(NUMPY[dtype])
+    model = lower(layer_model([attributes] * 2, D_MODEL, dtype, 2))
+    feeds = {i.name: scores for i in model.graph.input}
+    feeds["x"] = x.astype(np.float32) if dtype == "bfloat16" else x
+    assert_close(run_model(model, feeds, level), expected, dtype)

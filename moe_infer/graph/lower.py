@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from moe_infer.graph.lower_bfloat16 import wrap_bfloat16
+from moe_infer.graph.lower_bfloat16 import bfloat16_values, wrap_bfloat16
 from moe_infer.graph.lower_builder import MICROSOFT, Builder, Names
 from moe_infer.graph.lower_data import (
     ELEMENT_TYPES,
@@ -123,11 +123,12 @@ def lower_model(
     names = Names(model)
     data = ExpertData(names)
     make_absolute(model, base_dir)
+    # Before the layers are replaced: inference over thousands of experts takes long.
+    half = bfloat16_values(model) if provider == CPU_PROVIDER else set()
     if layers:
         _check_opset(model)
         _replace(model, layers, data, provider)
-    if provider == CPU_PROVIDER:
-        wrap_bfloat16(model, names)
+    wrap_bfloat16(model, half, names)
     model.graph.initializer.extend(names.initializers)
     return Lowered(model, data, layers)
 
@@ -154,7 +155,9 @@ def _replace(
 def _lower_layer(layer: LayerNode, data: ExpertData, provider: str) -> list[onnx.NodeProto]:
     b = Builder(data.names, layer.name)
     hidden = layer.hidden_states
-    x = b.cast(hidden, TensorProto.FLOAT)
+    # No Cast to the type that it is: with optimizations disabled ONNX Runtime takes such a one away
+    # and leaves its users in the experts' branches without input.
+    x = hidden if layer.dtype == "float32" else b.cast(hidden, TensorProto.FLOAT)
     if layer.shape is None or len(layer.shape) != 2:
         last = b.op("Shape", hidden)
         width = b.op("Slice", last, b.ints(-1), b.ints(2**31))
@@ -166,15 +169,13 @@ def _lower_layer(layer: LayerNode, data: ExpertData, provider: str) -> list[onnx
         y = b.op("Add", y, rest)
     if layer.shape is None or len(layer.shape) != 2:
         y = b.op("Reshape", y, b.op("Shape", hidden), allowzero=1)
-    b.nodes.append(
-        helper.make_node(
-            "Cast",
-            [y],
-            [layer.node.output[0]],
-            data.names.new(f"{layer.name}/output"),
-            to=ELEMENT_TYPES[layer.dtype],
-        )
-    )
+    name = data.names.new(f"{layer.name}/output")
+    output = [layer.node.output[0]]
+    if layer.dtype == "float32":
+        b.nodes.append(helper.make_node("Identity", [y], output, name))
+    else:
+        to = ELEMENT_TYPES[layer.dtype]
+        b.nodes.append(helper.make_node("Cast", [y], output, name, to=to))
     return b.nodes
 
 

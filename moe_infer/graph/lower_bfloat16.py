@@ -16,10 +16,14 @@ _KEPT = frozenset({"Cast", "Constant", "Shape", "Size", "If", "Loop", "Scan"})
 """Operators that have bfloat16 on the CPU, or whose branches have their own nodes."""
 
 
-def wrap_bfloat16(model: onnx.ModelProto, names: Names) -> None:
-    """Puts Casts around all nodes of the main graph with a bfloat16 input or output."""
+def bfloat16_values(model: onnx.ModelProto) -> set[str]:
+    """Names of the main graph's values that are bfloat16."""
     types = infer_types(model)
-    half = {n for n in types.infos if types.element_type(n) == TensorProto.BFLOAT16}
+    return {n for n in types.infos if types.element_type(n) == TensorProto.BFLOAT16}
+
+
+def wrap_bfloat16(model: onnx.ModelProto, half: set[str], names: Names) -> None:
+    """Puts Casts around all nodes of the main graph with an input or output in ``half``."""
     if not half:
         return
     nodes: list[onnx.NodeProto] = []

@@ -65,14 +65,15 @@ def lower_fused(
     b: Builder, layer: LayerNode, data: ExpertData, x: str, routing: Routing, provider: str
 ) -> str:
     """Adds the experts of one layer; see ``lower_experts`` for arguments and result."""
-    element = TensorProto.FLOAT if provider == CPU_PROVIDER else _ELEMENT[layer.dtype]
+    on_cpu = provider == CPU_PROVIDER  # there in float32, and a Cast to the type that it is harms
+    element = TensorProto.FLOAT if on_cpu else _ELEMENT[layer.dtype]
     weights = {t.name: data.stacked(layer, t.name).name for t in layer.config.tensors}
     first = "up" if "up" in weights else "gate_up"
     logits = _only_the_chosen(b, layer, routing)
     output = b.op(
         "MoE",
-        b.cast(x, element),
-        b.cast(logits, element),
+        x if on_cpu else b.cast(x, element),
+        logits if on_cpu else b.cast(logits, element),
         weights[first],
         weights.get(f"{first}_bias", ""),
         weights["down"],
@@ -82,8 +83,12 @@ def lower_fused(
         normalize_routing_weights=0,
         **_activation(layer),
     )
+    if on_cpu:
+        # Before 1.32 ONNX Runtime lets the output take the place of an input that nothing reads
+        # afterwards, and its kernel clears the output first. So something does read it.
+        output = b.op("Where", b.names.constant(np.array(False)), x, output)
     total = b.sum(routing.weights, 1, keep=True)
-    return b.op("Mul", b.cast(output, TensorProto.FLOAT), total)
+    return b.op("Mul", output if on_cpu else b.cast(output, TensorProto.FLOAT), total)
 
 
 def _activation(layer: LayerNode) -> dict[str, Any]:

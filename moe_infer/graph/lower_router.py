@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from onnx import TensorProto
 
 from moe_infer.graph.lower_builder import Builder
@@ -50,9 +51,7 @@ def lower_router(b: Builder, config: LayerConfig, x: str, logits: str | None) ->
     bad = b.op("Greater", b.sum(numbers, 1, keep=True), b.scalar(0.0))
     scores = b.op("Where", bad, b.scalar(0.0), scores)
     ranking = _ranking(b, config, scores)
-    chosen, experts = b.outputs(
-        "TopK", [ranking, b.ints(config.top_k)], ("_scores", "_experts"), axis=-1
-    )
+    chosen, experts = _top_k(b, ranking, config.top_k, (config.expert_count,))
     if ranking != scores:
         chosen = b.op("GatherElements", scores, experts, axis=1)
     weights = _weights(b, config, scores, chosen, experts)
@@ -96,17 +95,24 @@ def _ranking(b: Builder, config: LayerConfig, scores: str) -> str:
         return ranking
     size = config.expert_count // config.n_group
     by_group = b.op("Reshape", ranking, b.ints(-1, config.n_group, size))
-    best_two, _ = b.outputs("TopK", [by_group, b.ints(2)], ("_scores", "_experts"), axis=-1)
+    best_two, _ = _top_k(b, by_group, 2, (config.n_group, size))
     group_scores = b.sum(best_two, 2)
-    _, groups = b.outputs(
-        "TopK", [group_scores, b.ints(config.chosen_groups)], ("_scores", "_groups"), axis=-1
-    )
+    _, groups = _top_k(b, group_scores, config.chosen_groups, (config.n_group,))
     # 0 for the groups that were chosen, minus infinity for the others.
     closed = b.op("Expand", b.scalar(-math.inf), b.op("Shape", group_scores))
     opened = b.op("Expand", b.scalar(0.0), b.op("Shape", groups))
     penalty = b.op("ScatterElements", closed, groups, opened, axis=1)
     limited = b.op("Add", by_group, b.op("Unsqueeze", penalty, b.ints(2)))
     return b.op("Reshape", limited, b.ints(-1, config.expert_count))
+
+
+def _top_k(b: Builder, values: str, k: int, row_shape: tuple[int, ...]) -> tuple[str, str]:
+    """The k largest along the last axis and their indices, of (tokens, ``row_shape``) values."""
+    # TopK without a row ends the process (SIGFPE) in ONNX Runtime before 1.32: it gets one more.
+    padded = b.op("Concat", values, b.floats(np.zeros(row_shape), (1, *row_shape)), axis=0)
+    found = b.outputs("TopK", [padded, b.ints(k)], ("_values", "_indices"), axis=-1)
+    best, indices = (b.op("Slice", one, b.ints(0), b.ints(-1), b.ints(0)) for one in found)
+    return best, indices
 
 
 def _weights(b: Builder, config: LayerConfig, scores: str, chosen: str, experts: str) -> str:
