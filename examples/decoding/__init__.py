@@ -1,0 +1,1 @@
+"""Text generation on a decoder graph: ``cache`` runs the graph, ``sampling`` chooses tokens."""
