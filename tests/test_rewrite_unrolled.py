@@ -13,6 +13,7 @@ from onnx import helper
 
 import moe_infer
 from compare_rewrites import TOLERANCE, check_same, edited, nodes, refused, run_lowered
+from evaluate_graph import run_runtime
 from export_fixtures import recorded, unpack
 from moe_infer.weights import open_weight_file
 
@@ -194,6 +195,164 @@ def test_a_constant_loop_without_an_expert_is_refused(tmp_path: Path) -> None:
     assert report.wrong_export
     (miss,) = report.near_misses
     assert "holds 3 of 4 experts (missing: 2)" in miss.reason, str(report)
+
+
+def test_deepseek_of_transformers_4_is_silently_wrong_and_refused(tmp_path: Path) -> None:
+    """A condition on each expert's tokens was decided while tracing; the graph runs nonetheless."""
+    path = unpack("deepseek-v3-torchscript-missing", tmp_path)
+    inputs, logits = recorded("deepseek-v3-torchscript-missing")
+    (computed,) = run_runtime(path, inputs)
+    assert np.abs(computed - logits).max() > 100 * TOLERANCE
+    report = refused(path, tmp_path)
+    assert report.wrong_export
+    assert all("holds 2 of 4 experts (missing: 0, 1)" in m.reason for m in report.near_misses)
+
+
+def test_the_router_of_deepseek_of_transformers_4_is_explained(tmp_path: Path) -> None:
+    """With all experts in the loop it computes what PyTorch does, which is not DeepSeek's routing:
+    experts outside the chosen groups get 0 instead of minus infinity."""
+    path = unpack("deepseek-v3-torchscript", tmp_path)
+    inputs, logits = recorded("deepseek-v3-torchscript")
+    np.testing.assert_allclose(run_runtime(path, inputs)[0], logits, rtol=0, atol=TOLERANCE)
+    report = refused(path, tmp_path)
+    assert "it must be minus infinity" in report.near_misses[0].reason
+    assert "export with transformers 5" in report.near_misses[0].reason
+
+
+# Switch Transformers: one expert a token, and capacities
+
+
+def test_switch_is_rewritten_with_its_capacity(tmp_path: Path) -> None:
+    """Of 12 tokens an expert serves 4; the others of its tokens get nothing from the block."""
+    path = unpack("switch-torchscript", tmp_path)
+    report = moe_infer.rewrite(path, tmp_path / "out")
+    (layer,) = report.layers
+    config = layer.config
+    assert (config.moe_variant, config.top_k) == ("softmax_topk", 1)
+    assert config.expert_sublayer_type == "ReLU_FF"
+    assert not report.near_misses
+    assert not report.untyped_values
+    assert report.model_path is not None
+    inputs, states = recorded("switch-torchscript")
+    (made,) = run_lowered(report.model_path, inputs)
+    np.testing.assert_allclose(made, states, rtol=0, atol=TOLERANCE)
+    check_same(path, report.model_path, [inputs])
+    # It matters: without the mask the outputs are others.
+    model = onnx.load(report.model_path)
+    (mask,) = [n for n in model.graph.node if n.name.endswith(".masked")]
+    (layer_node,) = nodes(model.graph, "MoELayer")
+    for node in model.graph.node:
+        node.input[:] = [layer_node.output[0] if i == mask.output[0] else i for i in node.input]
+    onnx.save(model, report.model_path.with_name("unmasked.onnx"))
+    (unmasked,) = run_lowered(report.model_path.with_name("unmasked.onnx"), inputs)
+    assert np.abs(unmasked - states).max() > 100 * TOLERANCE
+
+
+def test_a_capacity_that_no_sequence_reaches_leaves_no_mask(tmp_path: Path) -> None:
+    def fixed_length(graph: onnx.GraphProto) -> None:
+        graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
+
+    path = edited(unpack("switch-torchscript", tmp_path), tmp_path, fixed_length)
+    report = moe_infer.rewrite(path, tmp_path / "out")
+    assert len(report.layers) == 1, str(report)
+    assert report.model_path is not None
+    left = {n.op_type for n in onnx.load(report.model_path).graph.node}
+    assert not left & {"CumSum", "OneHot", "LessOrEqual"}
+
+
+def _one(graph: onnx.GraphProto, op_type: str) -> onnx.NodeProto:
+    (node,) = nodes(graph, op_type)
+    return node
+
+
+def _running_sum_over_experts(graph: onnx.GraphProto) -> None:
+    _constant(graph, _one(graph, "CumSum"), 1, 2)
+
+
+def _running_sum_exclusive(graph: onnx.GraphProto) -> None:
+    _one(graph, "CumSum").attribute.append(helper.make_attribute("exclusive", 1))
+
+
+def _capacity_of_each_expert(graph: onnx.GraphProto) -> None:
+    _constant(graph, _one(graph, "LessOrEqual"), 1, [4, 4, 4, 5])
+
+
+def _constant(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, value: Any) -> None:
+    name = f"constant_{len(graph.initializer)}"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))
+    node.input[position] = name
+
+
+def _weight_of_another_expert(graph: onnx.GraphProto) -> None:
+    """The weight is the smallest probability, which no router gives; it is made inside."""
+    _one(graph, "ReduceMax").op_type = "ReduceMin"
+
+
+NEAR_SWITCH: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
+    "counted over experts": (
+        _running_sum_over_experts,
+        "a running sum that is not along the tokens",
+    ),
+    "counted without itself": (
+        _running_sum_exclusive,
+        "a running sum that does not count the tokens of each expert",
+    ),
+    "a capacity for each expert": (
+        _capacity_of_each_expert,
+        "a comparison that no known pattern uses",
+    ),
+    "another weight": (_weight_of_another_expert, "inside the layer, is also used by"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_SWITCH)
+def test_near_misses_of_switch_are_left_alone_and_explained(name: str, tmp_path: Path) -> None:
+    edit, reason = NEAR_SWITCH[name]
+    path = edited(unpack("switch-torchscript", tmp_path), tmp_path, edit)
+    report = refused(path, tmp_path)
+    assert any(reason in miss.reason for miss in report.near_misses), str(report)
+
+
+def test_a_number_of_tokens_in_the_graph_is_refused(tmp_path: Path) -> None:
+    report = refused(unpack("switch-torchscript-one-token", tmp_path), tmp_path)
+    assert report.wrong_export
+    (miss,) = report.near_misses
+    assert "how many tokens of the sample input went to one of the experts" in miss.reason
+    assert "Export again with" in miss.reason
+
+
+# NLLB-MoE: wrong in both versions
+
+
+def test_nllb_of_transformers_4_is_no_graph_and_refused(tmp_path: Path) -> None:
+    path = unpack("nllb-moe-torchscript", tmp_path)
+    with pytest.raises(Exception, match="Einsum"):
+        run_runtime(path, recorded("nllb-moe-torchscript")[0])
+    report = refused(path, tmp_path)
+    assert report.wrong_export
+    assert "an Einsum reads a boolean mask" in report.near_misses[0].reason
+    assert "replace_moe" in report.near_misses[0].reason
+
+
+def test_a_mask_of_a_mask_is_refused_and_a_mask_is_not(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    g (int64[n] chosen) => (float[n, 4, 4] y)
+    <int64[1] depth = {4}, float[2] values = {0.0, 1.0}>
+    {
+      mask = OneHot <axis = -1> (chosen, depth, values)
+      number = Cast <to = 7> (mask)
+      y = OneHot <axis = -1> (number, depth, values)
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    onnx.save(model, tmp_path / "model.onnx")
+    report = refused(tmp_path / "model.onnx", tmp_path)
+    assert report.wrong_export
+    assert "only experts 0 and 1 are ever computed" in report.near_misses[0].reason
+    model.graph.node[2].input[0] = "chosen"
+    onnx.save(model, tmp_path / "model.onnx")
+    assert not refused(tmp_path / "model.onnx", tmp_path).wrong_export
 
 
 def test_a_loop_over_the_sample_inputs_experts_is_refused(tmp_path: Path) -> None:

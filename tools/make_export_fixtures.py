@@ -5,7 +5,8 @@
 
 Each is the graph of a tiny model with random weights (NAME.onnx.gz), as the exporter wrote it but
 for its traces of the source, and PyTorch's outputs for some inputs (NAME.npz). ``missing`` ones are
-recorded with one token, so that their loops hold only the experts that it chose.
+recorded with one token, so that their loops hold only the experts that it chose; Switch's
+``one-token`` also holds that there was one.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ _SWITCH: dict[str, Any] = {
     "num_sparse_decoder_layers": 0,
     "num_heads": 2,
     "num_experts": 4,
+    "expert_capacity": 4,
     "relative_attention_num_buckets": 4,
     "decoder_start_token_id": 0,
 }
@@ -113,9 +115,9 @@ FIXTURES = (
     ),
     Fixture("deepseek-v3-torchscript", "DeepseekV3", "torchscript", _DEEPSEEK),
     Fixture("deepseek-v3-torchscript-missing", "DeepseekV3", "torchscript", _DEEPSEEK, (1, 1)),
-    Fixture("switch-torchscript", "SwitchTransformers", "torchscript", _SWITCH, (3, 12), False),
+    Fixture("switch-torchscript", "SwitchTransformers", "torchscript", _SWITCH, (4, 24), False),
     Fixture(
-        "switch-torchscript-missing", "SwitchTransformers", "torchscript", _SWITCH, (1, 1), False
+        "switch-torchscript-one-token", "SwitchTransformers", "torchscript", _SWITCH, (1, 1), False
     ),
     Fixture("nllb-moe-torchscript", "NllbMoe", "torchscript", _NLLB, causal=False),
 )

@@ -164,7 +164,8 @@ def _groups(ranking: Expr, reader: Interpreter) -> tuple[Expr, dict[str, float]]
         raise Mismatch(
             Stage.COMBINED,
             f"experts outside the chosen groups get the score {short(outside)}; it must be minus"
-            " infinity, lest they be chosen when the scores inside are lower",
+            " infinity, lest they be chosen when the scores inside are lower. DeepSeek-V3 of"
+            " transformers 4 does so; export with transformers 5",
         )
     selections = [e for e in _inner(condition) if e.op == "top_index" and e.params[1:] == ("g",)]
     count, size = reader.sizes.get("g"), reader.sizes.get("i")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from moe_infer.graph.families import fused, grouped, stacked, unrolled
+from moe_infer.graph.families import fused, grouped, mistakes, stacked, unrolled
 from moe_infer.graph.match import GraphView, Match, NearMiss
 
 Family = Callable[[GraphView], Iterator[Match | NearMiss]]
@@ -18,4 +18,5 @@ FAMILIES: dict[str, Family] = {
     "grouped": grouped.find,
     "unrolled": unrolled.find,
     "fused": fused.find,
+    "mistakes": mistakes.find,
 }

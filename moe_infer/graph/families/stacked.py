@@ -284,8 +284,8 @@ def _read_by_experts(view: GraphView, reader: Interpreter, output: str, logits: 
 def _explain(view: GraphView, reader: Interpreter, attempt: _Attempt) -> None:
     """Names the furthest node at which reading stopped."""
     for index in reader.opaque:
-        if view.nodes[index].op_type in _SHAPE_OPS:
-            continue  # where a shape is needed it is known from elsewhere
+        if not _tells(view, reader, index):
+            continue
         read = [reader.env[i].expr for i in view.nodes[index].input if i in reader.env]
         stage = max(map(_stage, read), default=Stage.ROUTER)
         if (stage, 0) > attempt.rank:
@@ -304,9 +304,14 @@ def _cause(view: GraphView, reader: Interpreter, index: int) -> int:
                 continue
             seen.add(producer)
             stack.append(producer)
-            if producer in reader.opaque and view.nodes[producer].op_type not in _SHAPE_OPS:
+            if producer in reader.opaque and _tells(view, reader, producer):
                 causes.append(producer)
     return min(causes)
+
+
+def _tells(view: GraphView, reader: Interpreter, index: int) -> bool:
+    """Whether it matters that a node could not be read: it has a reason, and none of a shape's."""
+    return view.nodes[index].op_type not in _SHAPE_OPS and bool(reader.opaque[index])
 
 
 def _stage(expr: Expr) -> int:
