@@ -237,6 +237,9 @@ def test_switch_is_rewritten_with_its_capacity(tmp_path: Path) -> None:
     (made,) = run_lowered(report.model_path, inputs)
     np.testing.assert_allclose(made, states, rtol=0, atol=TOLERANCE)
     check_same(path, report.model_path, [inputs])
+    compared = moe_infer.verify(path, report.model_path, inputs=inputs)
+    assert compared, str(compared)
+    assert len(compared.layers) == 1
     # It matters: without the mask the outputs are others.
     model = onnx.load(report.model_path)
     (mask,) = [n for n in model.graph.node if n.name.endswith(".masked")]

@@ -20,7 +20,7 @@ from moe_infer.compare.report import LayerDifference, VerifyReport
 from moe_infer.compare.taps import add_outputs, without_numpy_type
 from moe_infer.graph.lower_nodes import inline_functions, load_model
 from moe_infer.graph.progress import status
-from moe_infer.graph.replace import REPLACES
+from moe_infer.graph.replace import GIVES, REPLACES
 from moe_infer.op import DOMAIN, OP_TYPE
 from moe_infer.runtime.session import InferenceSession, Providers
 
@@ -98,12 +98,13 @@ def verify(
 
 
 def _layers(model: onnx.ModelProto) -> list[tuple[str, str, str]]:
-    """Name, output and replaced value of each MoELayer."""
+    """Name of each MoELayer, what it gives, and the value that this replaced."""
     found = []
     for node in model.graph.node:
         if node.op_type == OP_TYPE and node.domain == DOMAIN:
-            replaced = next((p.value for p in node.metadata_props if p.key == REPLACES), "")
-            found.append((str(node.name or node.output[0]), str(node.output[0]), str(replaced)))
+            told = {p.key: p.value for p in node.metadata_props}
+            given, replaced = told.get(GIVES, node.output[0]), told.get(REPLACES, "")
+            found.append((str(node.name or node.output[0]), str(given), str(replaced)))
     return found
 
 

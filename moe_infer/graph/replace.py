@@ -20,6 +20,10 @@ from moe_infer.op import DOMAIN, OP_TYPE, OPSET_VERSION, LayerConfig
 REPLACES = "moe_infer.replaces"
 """Key in a MoELayer's metadata: name of the value that it took the place of."""
 
+GIVES = "moe_infer.gives"
+"""Key in a MoELayer's metadata: name of the value in that place, when it is not the layer's output
+itself but its product with a mask."""
+
 _DIGEST = re.compile(r"\.moe_[0-9a-f]{8}$")
 _SHAPE_OPS = ("Shape", "Size")
 _VIEW_OPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
@@ -459,6 +463,7 @@ def _replace(
     if kept:
         added += _masked(view, node, kept, given)
         replaced = added[-1].output[0]
+        node.metadata_props.add(key=GIVES, value=replaced)
         _add_value_info(graph, types, replaced, (node.input[0], output), given)
     if wanted and wanted != given:
         before, replaced = replaced, f"{node.output[0]}.cast"
