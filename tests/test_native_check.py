@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layer_models import make_parts, write_experts
 from moe_infer.op import ATTRIBUTES, DTYPES, ROUTERS, SUBLAYERS, LayerConfig
 from moe_infer.runtime import native, plugin
 from moe_infer.weights import WeightFileError, open_expert_weights, open_weight_file, write_npz
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.needs_library
 GOLDEN = Path(__file__).parent / "golden"
 INVALID, FILE = 1, 2
 # Values for which Python has its own names, which the library never sees.
-NATIVE_KINDS = {"str": "string", "list": "floats"}
+NATIVE_KINDS = {"str": "string", "list": "floats"}  # int and float have the same names in both
 
 
 def python_says(attributes: dict[str, Any], inputs: tuple[int, bool] | None = None) -> str:
@@ -82,7 +83,8 @@ FLOATS = st.lists(
     st.sampled_from([0.0, 1.5, -2.0, float("nan"), float("inf"), float("-inf")]), max_size=9
 )
 NAMES = st.sampled_from(["", "x", "ü", *ROUTERS, *SUBLAYERS, "w.npz"])
-VALUES = {"int": INTS, "floats": FLOATS, "string": NAMES}
+NUMBERS = st.sampled_from([0.0, 0.01, 1.0, 1.702, 7.0, -0.5, 1e39, float("nan"), float("-inf")])
+VALUES = {"int": INTS, "float": NUMBERS, "floats": FLOATS, "string": NAMES}
 ANY = st.fixed_dictionaries(
     {},
     optional={
@@ -93,11 +95,20 @@ ANY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-@given(ANY, st.sampled_from([None, (0, True), (2, True), (2, False), (1, False), (3, False)]))
-def test_any_attributes(changes: dict[str, Any], inputs: tuple[int, bool] | None) -> None:
+GOOD = [LEAST, *({**LEAST, **changes} for changes in FULL)]
+
+
+@settings(max_examples=900, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    ANY,
+    st.sampled_from(GOOD),
+    st.sampled_from([None, (0, True), (2, True), (2, False), (1, False), (3, False)]),
+)
+def test_any_attributes(
+    changes: dict[str, Any], good: dict[str, Any], inputs: tuple[int, bool] | None
+) -> None:
     """Half of the time from a good set, so that later checks are reached too."""
-    for attributes in (changes, {**LEAST, **changes}):
+    for attributes in (changes, {**{n: v for n, v in good.items() if v is not None}, **changes}):
         if attributes.get("expert_sublayer_type") == "Identity":
             attributes = {**attributes, "expert_weight_file": "w.npz"}
         assert library_says(attributes, inputs) == python_says(attributes, inputs)
@@ -152,6 +163,11 @@ IDENTITY: list[tuple[str | None, int, int, Any]] = [
         (("top_k", 0, 1, None), "attribute 'top_k' has no data: length 1"),
         (("top_k", 1, 1, ints(1)), "attribute 'top_k' must be of type int, got floats"),
         (("top_k", 7, 1, ints(1)), "attribute 'top_k' must be of type int, got kind number 7"),
+        (("top_k", 3, 1, ints(1)), "attribute 'top_k' must be of type int, got float"),
+        (("swiglu_limit", 3, 2, ints(1, 1)), "'swiglu_limit' must have 1 value, got 2"),
+        (("swiglu_limit", 3, 0, None), "attribute 'swiglu_limit' must have 1 value, got 0"),
+        (("swiglu_limit", 1, 1, ints(1)), "'swiglu_limit' must be of type float, got floats"),
+        (("router_bias", 3, 1, ints(1)), "'router_bias' must be of type floats, got float"),
         (("expert_count", 0, 1, ints(2)), "attribute 'expert_count' is given twice"),
         ((None, 0, 1, ints(2)), "unknown attribute ''"),
         (("moe_variant", 2, 5, b"a\0b\0\0"), "'moe_variant' has a NUL character at position 1"),
@@ -238,6 +254,33 @@ def test_good_layer(form: str, name: str, dtype: Any, tmp_path: Path) -> None:
         open_expert_weights(layer, d_model=D + 1)
     with pytest.raises(WeightFileError, match=re.escape(str(expected.value))):
         native.check(layer.to_attributes(), native.LayerInputs(D + 1, "float32", True))
+
+
+@pytest.mark.parametrize("sublayer", [n for n, s in SUBLAYERS.items() if s.biases])
+@pytest.mark.parametrize("form", ["safetensors separate", "safetensors stacked"])
+def test_biases(sublayer: str, form: str, tmp_path: Path) -> None:
+    """The same names and shapes as Python's, with biases and without."""
+    for bias in (0, 1):
+        parts = make_parts(sublayer, 3, D, H, "float32", bias=bool(bias))
+        path = write_experts(tmp_path / f"w{bias}", parts, sublayer, 3, form)
+        for said in (0, 1):
+            layer = config(path, expert_sublayer_type=sublayer, expert_bias=said)
+            if said == bias:
+                native.check(layer.to_attributes(), native.LayerInputs(D, "float16", True))
+                continue
+            with pytest.raises(WeightFileError) as expected:
+                open_expert_weights(layer)
+            with pytest.raises(WeightFileError, match=re.escape(str(expected.value))):
+                native.check(layer.to_attributes())
+    if form.endswith("stacked"):
+        return
+    parts["1/down_bias"] = np.zeros(D, np.float16)
+    path = write_experts(tmp_path / "mixed", parts, sublayer, 3, form)
+    layer = config(path, expert_sublayer_type=sublayer, expert_bias=1)
+    with pytest.raises(WeightFileError) as expected:
+        open_expert_weights(layer)
+    with pytest.raises(WeightFileError, match=re.escape(str(expected.value))):
+        native.check(layer.to_attributes())
 
 
 @pytest.mark.parametrize("case", BAD_LAYERS)

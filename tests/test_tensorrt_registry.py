@@ -57,6 +57,44 @@ def weights(tmp_path: Path) -> Path:
     return write_experts(tmp_path / "w", parts, "T5_FF", EXPERTS, "npz stored")
 
 
+def test_create_plugin_with_every_kind_of_attribute(tmp_path: Path) -> None:
+    parts = make_parts("Clamped_SwiGLU", EXPERTS, D_MODEL, HIDDEN, "float32", bias=True)
+    path = write_experts(tmp_path / "w", parts, "Clamped_SwiGLU", EXPERTS, "safetensors stacked")
+    given = layer_attributes(
+        "Clamped_SwiGLU",
+        "sigmoid_topk",
+        EXPERTS,
+        D_MODEL,
+        HIDDEN,
+        2,
+        path,
+        False,
+        expert_bias=1,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=2.5,
+        activation_alpha=1.5,
+        swiglu_limit=0.0,
+    )
+    printed = run(
+        """
+        made = moe_infer.create_plugin(**json.loads(sys.argv[1]))
+        print(made.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name)
+        for wrong in ({"swiglu_limit": -1.0}, {"n_group": 3}, {"swiglu_limit": 7}):
+            try:
+                moe_infer.create_plugin(**{**json.loads(sys.argv[1]), **wrong})
+            except ValueError as error:
+                print(error)
+        """,
+        json.dumps(given),
+    )
+    name, *errors = printed.splitlines()
+    assert name == "MoELayer"
+    assert "'swiglu_limit' must be at least 0, got -1" in errors[0]
+    assert "'n_group' is 3, which does not divide the 4 experts" in errors[1]
+    assert "'swiglu_limit' must be" in errors[2]
+
+
 @pytest.fixture
 def attributes(weights: Path) -> dict[str, Any]:
     return layer_attributes("T5_FF", "default", EXPERTS, D_MODEL, HIDDEN, 1, weights, True)
@@ -82,7 +120,7 @@ def test_creators_and_fields_are_those_of_the_operator() -> None:
         print(json.dumps([[[f.name, f.type.name] for f in c.field_names] for c in creators]))
         """
     )
-    kinds = {"int": "INT32", "floats": "FLOAT32", "string": "CHAR"}
+    kinds = {"int": "INT32", "float": "FLOAT32", "floats": "FLOAT32", "string": "CHAR"}
     expected = [[a.name, kinds[a.kind]] for a in ATTRIBUTES]
     assert json.loads(printed) == [expected, expected]
 
@@ -206,6 +244,8 @@ FIELDS = [
     ("int16 int", "expert_count", "np.array([4], np.int16)", "INT16", "1 of type INT16"),
     ("two ints", "expert_count", "np.array([4, 4], np.int32)", "INT32", "2 of type INT32"),
     ("int floats", "expert_centroids", "np.zeros(32, np.int32)", "INT32", "32 of type INT32"),
+    ("int float", "swiglu_limit", "np.array([7], np.int32)", "INT32", "1 of type INT32"),
+    ("two floats", "swiglu_limit", "np.zeros(2, np.float32)", "FLOAT32", "1 of type FLOAT32 or"),
     ("float text", "moe_variant", "np.zeros(2, np.float32)", "FLOAT32", "2 of type FLOAT32"),
     (
         "wide int",

@@ -20,7 +20,7 @@ from moe_infer.op import ATTRIBUTES, DTYPES
 from moe_infer.runtime import plugin
 from moe_infer.weights.errors import WeightFileError
 
-_INT32, _FLOATS, _STRING = range(3)
+_INT32, _FLOATS, _STRING, _FLOAT = range(4)
 _INVALID, _FILE = 1, 2
 _DIGEST_BYTES = 64
 _KINDS = {attribute.name: attribute.kind for attribute in ATTRIBUTES}
@@ -282,13 +282,15 @@ def _encode(name: str, value: Any) -> tuple[int, int, Any]:
                 f" {value}"
             )
         return _INT32, 1, (ctypes.c_int32 * 1)(value)
+    if isinstance(value, float | np.floating):
+        return _FLOAT, 1, (ctypes.c_float * 1)(value)
     if isinstance(value, Sequence | np.ndarray):
         floats = np.asarray(value, dtype=np.float32).tobytes()
         count = len(floats) // 4
         return _FLOATS, count, (ctypes.c_float * count).from_buffer_copy(floats)
     raise ValueError(
-        f"MoELayer: attribute '{name}' must be of type {_KINDS.get(name, 'int, floats or string')},"
-        f" got {type(value).__name__}"
+        f"MoELayer: attribute '{name}' must be of type"
+        f" {_KINDS.get(name, 'int, float, floats or string')}, got {type(value).__name__}"
     )
 
 

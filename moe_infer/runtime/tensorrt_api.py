@@ -75,7 +75,7 @@ def _fields(trt: Any, attributes: dict[str, Any]) -> tuple[Any, list[Any]]:
         if isinstance(value, str | bytes):
             text = value if isinstance(value, bytes) else value.encode()
             data, kind = text + b"\0", kinds.CHAR
-        elif isinstance(value, Sequence | np.ndarray):
+        elif isinstance(value, Sequence | np.ndarray | float | np.floating):
             data, kind = np.ascontiguousarray(value, np.float32).ravel(), kinds.FLOAT32
         else:
             data, kind = np.array([value], np.int32), kinds.INT32

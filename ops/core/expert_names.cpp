@@ -7,20 +7,19 @@
 
 #include "core/error.h"
 #include "core/file_index.h"
+#include "core/sub_layer_shape.h"
 
 namespace moe_infer {
 namespace {
 
 std::vector<ExpertTensor> tensors_for(LayerConfig const& config, int64_t d_model) {
-  SubLayerShape shape;
-  shape.d_model = d_model;
-  shape.hidden_size = config.hidden_size;
-  return make_sub_layer(config.sublayer_type, shape)->tensors();
+  return make_sub_layer(config.sublayer_type, sub_layer_shape(config, d_model))->tensors();
 }
 
-// Packed (rows, columns), or (columns) where the file has one dimension.
+// Packed (rows, columns), or one dimension where the file has one.
 std::vector<int64_t> packed_shape(ExpertTensor const& tensor) {
-  return tensor.vector ? std::vector<int64_t>{tensor.columns} : std::vector<int64_t>{tensor.rows, tensor.columns};
+  return tensor.vector ? std::vector<int64_t>{tensor.rows * tensor.columns}
+                       : std::vector<int64_t>{tensor.rows, tensor.columns};
 }
 
 std::vector<int64_t> expected_shape(LayerConfig const& config, ExpertForm form, ExpertTensor const& tensor) {
@@ -81,6 +80,11 @@ std::vector<std::string> all_names(WeightFile const& file) {
   return names;
 }
 
+std::string experts_text(LayerConfig const& config) {
+  return std::to_string(config.expert_count) + " experts of " + config.sublayer_type +
+         (config.expert_bias ? " with biases" : "");
+}
+
 void check_missing(LayerConfig const& config, WeightFile const& file, std::set<std::string> const& under,
                    std::vector<std::string> const& expected) {
   std::vector<std::string> missing;
@@ -90,12 +94,12 @@ void check_missing(LayerConfig const& config, WeightFile const& file, std::set<s
     return;
   }
   auto const held = listed_names("", all_names(file));
-  throw bad_file(file.path() + ": " + std::to_string(missing.size()) + " of " + std::to_string(expected.size()) +
-                 " tensors for " + std::to_string(config.expert_count) + " experts of " + config.sublayer_type +
-                 " are missing: " + listed_names(config.weight_prefix, missing) + "; the file holds " +
-                 (held.empty() ? "nothing" : held) +
-                 "; check attributes 'expert_count', 'expert_sublayer_type' and 'expert_weight_prefix', or write the "
-                 "file again");
+  throw bad_file(
+      file.path() + ": " + std::to_string(missing.size()) + " of " + std::to_string(expected.size()) + " tensors for " +
+      experts_text(config) + " are missing: " + listed_names(config.weight_prefix, missing) + "; the file holds " +
+      (held.empty() ? "nothing" : held) +
+      "; check attributes 'expert_count', 'expert_sublayer_type', 'expert_bias' and 'expert_weight_prefix', or "
+      "write the file again");
 }
 
 void check_surplus(LayerConfig const& config, WeightFile const& file, std::set<std::string> const& under,
@@ -109,11 +113,11 @@ void check_surplus(LayerConfig const& config, WeightFile const& file, std::set<s
   }
   std::sort(surplus.begin(), surplus.end(),
             [](std::string const& a, std::string const& b) { return expert_order(a) < expert_order(b); });
-  throw bad_file(file.path() + ": " + std::to_string(surplus.size()) + " tensors under prefix '" +
-                 config.weight_prefix + "' do not belong to " + std::to_string(config.expert_count) + " experts of " +
-                 config.sublayer_type + ": " + listed_names(config.weight_prefix, surplus) +
-                 "; check attributes 'expert_count', 'expert_sublayer_type' and 'expert_weight_prefix' (a file with "
-                 "more than one layer needs a prefix for each)");
+  throw bad_file(
+      file.path() + ": " + std::to_string(surplus.size()) + " tensors under prefix '" + config.weight_prefix +
+      "' do not belong to " + experts_text(config) + ": " + listed_names(config.weight_prefix, surplus) +
+      "; check attributes 'expert_count', 'expert_sublayer_type', 'expert_bias' and 'expert_weight_prefix' (a "
+      "file with more than one layer needs a prefix for each)");
 }
 
 void check_entry(LayerConfig const& config, WeightFile const& file, std::string const& name, int64_t d_model,

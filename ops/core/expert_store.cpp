@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "core/expert_names.h"
 #include "core/expert_source.h"
+#include "core/sub_layer_shape.h"
 
 namespace moe_infer {
 namespace {
@@ -33,10 +34,7 @@ int64_t d_model_without_weights(LayerConfig const& config) {
 }
 
 std::vector<ExpertTensor> tensors_of(LayerConfig const& config, int64_t d_model) {
-  SubLayerShape shape;
-  shape.d_model = d_model;
-  shape.hidden_size = config.hidden_size;
-  return make_sub_layer(config.sublayer_type, shape)->tensors();
+  return make_sub_layer(config.sublayer_type, sub_layer_shape(config, d_model))->tensors();
 }
 
 // The pages of the first experts.

@@ -8,20 +8,27 @@
 #include "core/cuda_check.h"
 #include "core/device_limits.h"
 #include "core/resident_experts.h"
-#include "sublayers/token_feed_forward.h"
 #include "core/slices.h"
+#include "core/sub_layer_shape.h"
+#include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {
 namespace {
 
 constexpr size_t kTensorAlignment = 16;
 
-SubLayerShape shape_of(LayerConfig const& config, LayerInputs const& inputs) {
-  SubLayerShape shape;
-  shape.d_model = inputs.d_model;
-  shape.hidden_size = config.hidden_size;
-  shape.dtype = inputs.dtype;
-  return shape;
+RouterParams params_of(LayerConfig const& config, float const* router_bias) {
+  RouterParams params;
+  params.router = config.router;
+  params.normalize = config.normalize_routing_weights;
+  params.experts = config.expert_count;
+  params.top_k = config.top_k;
+  params.n_group = config.n_group;
+  params.topk_group = config.chosen_groups();
+  params.scaling_factor = config.routed_scaling_factor;
+  params.jitter = config.router_jitter;
+  params.router_bias = router_bias;
+  return params;
 }
 
 LayerConfig const& checked(LayerConfig const& config, LayerInputs const& inputs) {
@@ -48,7 +55,7 @@ void check_aligned(char const* name, void const* pointer, size_t alignment) {
 LayerPlan::LayerPlan(LayerConfig const& config, LayerInputs const& inputs)
     : config_(checked(config, inputs)),
       inputs_(inputs),
-      sub_layer_(make_sub_layer(config.sublayer_type, shape_of(config, inputs))),
+      sub_layer_(make_sub_layer(config.sublayer_type, sub_layer_shape(config, inputs.d_model, inputs.dtype))),
       has_weights_(!sub_layer_->tensors().empty()) {}
 
 size_t LayerPlan::layout(int64_t tokens, uint8_t* base, Workspace* workspace) const {
@@ -82,6 +89,10 @@ MoELayer::MoELayer(LayerConfig config, LayerInputs const& inputs) : plan_(config
     layernorm_weight_ = upload(*config.layernorm_weight, "layernorm_weight");
     router_weights_.layernorm_weight = layernorm_weight_.as<float>();
   }
+  if (config.router_bias) {
+    router_bias_ = upload(*config.router_bias, "router_bias");
+  }
+  router_params_ = params_of(config, router_bias_.as<float>());
   if (!plan_.has_weights()) {
     return;
   }
@@ -168,8 +179,7 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, int6
   }
   void const* const scores = inputs.has_logits ? router_logits : routing.scores;
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
-  select_experts(scores, scores_dtype, config.router, config.normalize_routing_weights, tokens, config.expert_count,
-                 config.top_k, routing, stream);
+  select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
 }
 
 void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const {

@@ -89,7 +89,8 @@ class MoELayer {
   LayerPlan plan_;
   int device_;
   RouterWeights router_weights_;
-  DeviceMemory centroids_, layernorm_weight_;
+  RouterParams router_params_;
+  DeviceMemory centroids_, layernorm_weight_, router_bias_;
   std::shared_ptr<ExpertCache> cache_;  // null for a sub-layer without weights; shared when all experts stay
   std::mutex streaming_;                // guards what follows, and the cache while it streams
   PinnedMemory counts_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -19,20 +20,23 @@ namespace {
 struct RouterName {
   char const* name;
   Router router;
-  bool single_expert;
+  int32_t most_experts;  // largest top_k
 };
 
-constexpr std::array<RouterName, 5> kRouters{{{"default", Router::kDefault, true},
-                                              {"cpm_2", Router::kCpm2, true},
-                                              {"base_layer", Router::kBaseLayer, true},
-                                              {"softmax_topk", Router::kSoftmaxTopK, false},
-                                              {"topk_softmax", Router::kTopKSoftmax, false}}};
+constexpr std::array<RouterName, 7> kRouters{{{"default", Router::kDefault, 1},
+                                              {"cpm_2", Router::kCpm2, 1},
+                                              {"base_layer", Router::kBaseLayer, 1},
+                                              {"softmax_topk", Router::kSoftmaxTopK, kMaxExperts},
+                                              {"topk_softmax", Router::kTopKSoftmax, kMaxExperts},
+                                              {"sigmoid_topk", Router::kSigmoidTopK, kMaxExperts},
+                                              {"sparse_mixer", Router::kSparseMixer, 2}}};
 
 // What the attributes say, before the checks.
 struct Attributes {
   LayerConfig config;
   std::string variant = "default";
   int32_t normalize = 0;
+  int32_t expert_bias = 0;
 };
 
 using Floats = std::optional<std::vector<float>>;
@@ -43,22 +47,26 @@ struct Field {
   moe_infer_attribute_kind kind;
   bool required;
   int32_t& (*integer)(Attributes&);
+  float& (*number)(Attributes&);
   std::string& (*string)(Attributes&);
   Floats& (*floats)(Attributes&);
 };
 
 constexpr Field int_field(char const* name, bool required, int32_t& (*value)(Attributes&)) {
-  return {name, MOE_INFER_INT32, required, value, nullptr, nullptr};
+  return {name, MOE_INFER_INT32, required, value, nullptr, nullptr, nullptr};
+}
+constexpr Field float_field(char const* name, float& (*value)(Attributes&)) {
+  return {name, MOE_INFER_FLOAT, false, nullptr, value, nullptr, nullptr};
 }
 constexpr Field string_field(char const* name, bool required, std::string& (*value)(Attributes&)) {
-  return {name, MOE_INFER_STRING, required, nullptr, value, nullptr};
+  return {name, MOE_INFER_STRING, required, nullptr, nullptr, value, nullptr};
 }
 constexpr Field floats_field(char const* name, Floats& (*value)(Attributes&)) {
-  return {name, MOE_INFER_FLOATS, false, nullptr, nullptr, value};
+  return {name, MOE_INFER_FLOATS, false, nullptr, nullptr, nullptr, value};
 }
 
 // In the order of ATTRIBUTES in op.py, in which missing ones are reported.
-constexpr std::array<Field, 13> kFields{{
+constexpr std::array<Field, 22> kFields{{
     int_field("expert_count", true, [](Attributes& a) -> int32_t& { return a.config.expert_count; }),
     int_field("hidden_size", true, [](Attributes& a) -> int32_t& { return a.config.hidden_size; }),
     string_field("expert_sublayer_type", true, [](Attributes& a) -> std::string& { return a.config.sublayer_type; }),
@@ -69,8 +77,17 @@ constexpr std::array<Field, 13> kFields{{
     int_field("top_k", false, [](Attributes& a) -> int32_t& { return a.config.top_k; }),
     string_field("moe_variant", false, [](Attributes& a) -> std::string& { return a.variant; }),
     int_field("normalize_routing_weights", false, [](Attributes& a) -> int32_t& { return a.normalize; }),
+    floats_field("router_bias", [](Attributes& a) -> Floats& { return a.config.router_bias; }),
+    int_field("n_group", false, [](Attributes& a) -> int32_t& { return a.config.n_group; }),
+    int_field("topk_group", false, [](Attributes& a) -> int32_t& { return a.config.topk_group; }),
+    float_field("routed_scaling_factor", [](Attributes& a) -> float& { return a.config.routed_scaling_factor; }),
+    float_field("router_jitter", [](Attributes& a) -> float& { return a.config.router_jitter; }),
     floats_field("expert_centroids", [](Attributes& a) -> Floats& { return a.config.centroids; }),
     floats_field("layernorm_weight", [](Attributes& a) -> Floats& { return a.config.layernorm_weight; }),
+    int_field("expert_bias", false, [](Attributes& a) -> int32_t& { return a.expert_bias; }),
+    float_field("activation_alpha", [](Attributes& a) -> float& { return a.config.activation_alpha; }),
+    float_field("activation_beta", [](Attributes& a) -> float& { return a.config.activation_beta; }),
+    float_field("swiglu_limit", [](Attributes& a) -> float& { return a.config.swiglu_limit; }),
     int_field("embedding_size", false, [](Attributes& a) -> int32_t& { return a.config.embedding_size; }),
 }};
 
@@ -86,9 +103,18 @@ std::string kind_name(int32_t kind) {
       return "floats";
     case MOE_INFER_STRING:
       return "string";
+    case MOE_INFER_FLOAT:
+      return "float";
     default:
       return "kind number " + std::to_string(kind);
   }
+}
+
+// As Python's format 'g'.
+std::string number_text(float value) {
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%g", static_cast<double>(value));
+  return text.data();
 }
 
 std::string joined(std::vector<std::string> names) {
@@ -110,11 +136,13 @@ std::string known_attributes() {
 
 // --- One attribute.
 
-int32_t read_int(moe_infer_attribute const& given) {
+// An int or a float.
+template <class T>
+T read_one(moe_infer_attribute const& given) {
   if (given.count != 1) {
     throw invalid(attribute(given.name) + " must have 1 value, got " + std::to_string(given.count));
   }
-  int32_t value = 0;
+  T value = 0;
   std::memcpy(&value, given.data, sizeof(value));
   return value;
 }
@@ -147,7 +175,9 @@ void read_attribute(moe_infer_attribute const& given, Field const& field, Attrib
     throw invalid(attribute(given.name) + " has no data: length " + std::to_string(given.count));
   }
   if (field.kind == MOE_INFER_INT32) {
-    field.integer(*attributes) = read_int(given);
+    field.integer(*attributes) = read_one<int32_t>(given);
+  } else if (field.kind == MOE_INFER_FLOAT) {
+    field.number(*attributes) = read_one<float>(given);
   } else if (field.kind == MOE_INFER_STRING) {
     field.string(*attributes) = given.count == 0 ? "" : read_string(given);
   } else {
@@ -185,6 +215,15 @@ void check_finite(char const* name, Floats const& values) {
   }
 }
 
+void check_number(char const* name, float value, float low = -std::numeric_limits<float>::infinity()) {
+  if (!std::isfinite(value)) {
+    throw invalid(attribute(name) + " must be a finite number, got " + (std::isnan(value) ? "NaN" : "infinity"));
+  }
+  if (value < low) {
+    throw invalid(attribute(name) + " must be at least " + number_text(low) + ", got " + number_text(value));
+  }
+}
+
 RouterName const& find_router(std::string const& variant) {
   std::vector<std::string> names;
   for (auto const& router : kRouters) {
@@ -196,16 +235,17 @@ RouterName const& find_router(std::string const& variant) {
   throw invalid(attribute("moe_variant") + " is " + quoted(variant) + "; known are " + joined(names));
 }
 
-// Whether a sub-layer has weights does not depend on its sizes: any will do.
-bool has_weights(std::string const& sublayer_type) {
+// What a sub-layer is does not depend on its sizes: any will do.
+std::unique_ptr<MoESubLayer> sample(std::string const& sublayer_type, bool bias) {
   SubLayerShape shape;
   shape.d_model = 64;
   shape.hidden_size = 64;
-  return !make_sub_layer(sublayer_type, shape)->tensors().empty();
+  shape.bias = bias;
+  return make_sub_layer(sublayer_type, shape);
 }
 
 void check_sub_layer(LayerConfig const& config) {
-  if (!has_weights(config.sublayer_type)) {
+  if (sample(config.sublayer_type, false)->tensors().empty()) {
     check_range("hidden_size", config.hidden_size, 0, kMaxHiddenSize);
     return;
   }
@@ -216,23 +256,114 @@ void check_sub_layer(LayerConfig const& config) {
   }
 }
 
-void check_router(LayerConfig const& config, RouterName const& router) {
-  if (router.single_expert && config.top_k != 1) {
-    throw invalid("MoELayer: router " + quoted(router.name) + " takes one expert a token, but attribute 'top_k' is " +
-                  std::to_string(config.top_k));
-  }
-  if (router.router == Router::kCpm2) {
-    if (!config.layernorm_weight) {
-      throw invalid(attribute("layernorm_weight") + " is missing; router 'cpm_2' needs it");
+// Attributes that other routers would ignore; there they must be left at their defaults.
+void check_unread(LayerConfig const& config, RouterName const& router) {
+  LayerConfig const defaults;
+  auto const refuse = [&](char const* name, std::vector<Router> const& readers) {
+    if (std::find(readers.begin(), readers.end(), router.router) != readers.end()) {
+      return;
     }
-  } else if (config.layernorm_weight) {
-    throw invalid(attribute("layernorm_weight") + " is only for router 'cpm_2', but 'moe_variant' is " +
-                  quoted(router.name));
+    std::string names;
+    for (auto const& known : kRouters) {
+      if (std::find(readers.begin(), readers.end(), known.router) != readers.end()) {
+        names += (names.empty() ? "" : " or ") + quoted(known.name);
+      }
+    }
+    throw invalid(attribute(name) + " is only for router " + names + ", but 'moe_variant' is " + quoted(router.name));
+  };
+  if (config.layernorm_weight) {
+    refuse("layernorm_weight", {Router::kCpm2});
   }
-  if (config.centroids && config.centroids->size() % static_cast<size_t>(config.expert_count) != 0) {
-    throw invalid(attribute("expert_centroids") + " has " + std::to_string(config.centroids->size()) +
-                  " values, which is no multiple of the " + std::to_string(config.expert_count) + " experts");
+  if (config.router_bias) {
+    refuse("router_bias", {Router::kSigmoidTopK});
   }
+  if (config.n_group != defaults.n_group) {
+    refuse("n_group", {Router::kSigmoidTopK});
+  }
+  if (config.topk_group != defaults.topk_group) {
+    refuse("topk_group", {Router::kSigmoidTopK});
+  }
+  if (config.routed_scaling_factor != defaults.routed_scaling_factor) {
+    refuse("routed_scaling_factor",
+           {Router::kSoftmaxTopK, Router::kTopKSoftmax, Router::kSigmoidTopK, Router::kSparseMixer});
+  }
+  if (config.router_jitter != defaults.router_jitter) {
+    refuse("router_jitter", {Router::kSparseMixer});
+  }
+}
+
+void check_groups(LayerConfig const& config) {
+  auto const text = [](int32_t number) { return std::to_string(number); };
+  check_range("n_group", config.n_group, 1);
+  check_range("topk_group", config.topk_group, 0);
+  if (config.expert_count % config.n_group != 0) {
+    throw invalid(attribute("n_group") + " is " + text(config.n_group) + ", which does not divide the " +
+                  text(config.expert_count) + " experts");
+  }
+  int32_t const size = config.expert_count / config.n_group;
+  if (config.n_group > 1 && size < 2) {
+    throw invalid(attribute("n_group") + " is " + text(config.n_group) +
+                  ", but a group needs at least 2 experts and there are only " + text(config.expert_count) +
+                  " experts");
+  }
+  if (config.topk_group > config.n_group) {
+    throw invalid(attribute("topk_group") + " is " + text(config.topk_group) + ", but 'n_group' is " +
+                  text(config.n_group));
+  }
+  int32_t const chosen = config.chosen_groups();
+  if (config.top_k > chosen * size) {
+    throw invalid(attribute("top_k") + " is " + text(config.top_k) + ", but " + text(chosen) + " of " +
+                  text(config.n_group) + " groups hold only " + text(chosen * size) + " experts");
+  }
+}
+
+void check_router(LayerConfig const& config, RouterName const& router) {
+  if (config.top_k > router.most_experts) {
+    throw invalid("MoELayer: router " + quoted(router.name) + " takes " +
+                  (router.most_experts == 1 ? "one expert a token"
+                                            : "at most " + std::to_string(router.most_experts) + " experts a token") +
+                  ", but attribute 'top_k' is " + std::to_string(config.top_k));
+  }
+  if (router.router == Router::kCpm2 && !config.layernorm_weight) {
+    throw invalid(attribute("layernorm_weight") + " is missing; router 'cpm_2' needs it");
+  }
+  check_unread(config, router);
+  check_groups(config);
+  if (config.router_bias && config.router_bias->size() != static_cast<size_t>(config.expert_count)) {
+    throw invalid(attribute("router_bias") + " must have expert_count = " + std::to_string(config.expert_count) +
+                  " values, got " + std::to_string(config.router_bias->size()));
+  }
+}
+
+void check_sub_layer_attributes(LayerConfig const& config) {
+  auto const plain = sample(config.sublayer_type, false);
+  if (config.expert_bias && sample(config.sublayer_type, true)->tensors().size() == plain->tensors().size()) {
+    throw invalid(attribute("expert_bias") + " is 1, but sub-layer " + quoted(config.sublayer_type) + " has no biases");
+  }
+  if (plain->reads_activation_parameters()) {
+    return;
+  }
+  LayerConfig const defaults;
+  auto const refuse = [&](char const* name, float value, float default_value) {
+    if (value != default_value) {
+      throw invalid(attribute(name) + " is not for sub-layer " + quoted(config.sublayer_type) +
+                    ", which does not read it");
+    }
+  };
+  refuse("activation_alpha", config.activation_alpha, defaults.activation_alpha);
+  refuse("activation_beta", config.activation_beta, defaults.activation_beta);
+  refuse("swiglu_limit", config.swiglu_limit, defaults.swiglu_limit);
+}
+
+void check_numbers(LayerConfig const& config) {
+  check_finite("expert_centroids", config.centroids);
+  check_finite("layernorm_weight", config.layernorm_weight);
+  check_finite("router_bias", config.router_bias);
+  check_number("routed_scaling_factor", config.routed_scaling_factor);
+  check_number("router_jitter", config.router_jitter, 0.0F);
+  check_number("activation_alpha", config.activation_alpha);
+  check_number("activation_beta", config.activation_beta);
+  check_number("swiglu_limit", config.swiglu_limit, 0.0F);
 }
 
 LayerConfig check(Attributes const& attributes) {
@@ -249,9 +380,15 @@ LayerConfig check(Attributes const& attributes) {
   check_sub_layer(config);
   check_range("embedding_size", config.embedding_size, 0);
   check_range("normalize_routing_weights", attributes.normalize, 0, 1);
+  check_range("expert_bias", attributes.expert_bias, 0, 1);
+  config.expert_bias = attributes.expert_bias == 1;
   check_router(config, router);
-  check_finite("expert_centroids", config.centroids);
-  check_finite("layernorm_weight", config.layernorm_weight);
+  check_sub_layer_attributes(config);
+  if (config.centroids && config.centroids->size() % static_cast<size_t>(config.expert_count) != 0) {
+    throw invalid(attribute("expert_centroids") + " has " + std::to_string(config.centroids->size()) +
+                  " values, which is no multiple of the " + std::to_string(config.expert_count) + " experts");
+  }
+  check_numbers(config);
   config.router = router.router;
   config.normalize_routing_weights = attributes.normalize == 1;
   return config;

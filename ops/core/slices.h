@@ -10,6 +10,11 @@ namespace moe_infer {
 // What every slice begins at a multiple of, given a base that does; cudaMalloc and TensorRT's workspaces begin so.
 constexpr size_t kSliceAlignment = 256;
 
+// Bytes rounded up so that a slice behind them begins where it should.
+constexpr size_t aligned_size(size_t bytes) {
+  return (bytes + kSliceAlignment - 1) / kSliceAlignment * kSliceAlignment;
+}
+
 class Slices {
  public:
   // Without a base the slices are null and only their bytes are counted.
@@ -19,7 +24,7 @@ class Slices {
   template <class T>
   T* take(size_t count) {
     T* const slice = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += (count * sizeof(T) + kSliceAlignment - 1) / kSliceAlignment * kSliceAlignment;
+    bytes_ += aligned_size(count * sizeof(T));
     return slice;
   }
 

@@ -4,7 +4,6 @@
 
 #include <cutlass/cutlass.h>
 #include <cutlass/device_kernel.h>
-#include <cutlass/epilogue/thread/linear_combination.h>
 #include <cutlass/gemm/kernel/default_gemm_grouped.h>
 #include <cutlass/gemm/kernel/gemm_grouped.h>
 
@@ -14,6 +13,7 @@
 #include <cstdint>
 
 #include "core/cuda_check.h"
+#include "gemm/activated_epilogue.cuh"
 #include "gemm/gated_epilogue.cuh"
 #include "gemm/instances.h"
 
@@ -55,13 +55,16 @@ void launch_grouped(GroupedGemm const& gemm, GroupArrays const& arrays,
       reinterpret_cast<typename Kernel::ElementB**>(arrays.weights),
       reinterpret_cast<typename Kernel::ElementC**>(arrays.sources),
       reinterpret_cast<typename Kernel::ElementC**>(arrays.outputs), arrays.input_strides, arrays.weight_strides,
-      arrays.output_strides, arrays.output_strides);
+      arrays.source_strides, arrays.output_strides);
   typename Kernel::Params const params(arguments);
   cutlass::Kernel<Kernel>
       <<<static_cast<unsigned>(blocks), Kernel::kThreadCount, sizeof(typename Kernel::SharedStorage), gemm.stream>>>(
           params);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
+
+// For ActivatedCombination: what is added to a product is its source operand, be it the source or the bias.
+inline bool has_source(GroupedGemm const& gemm) { return gemm.source != nullptr || gemm.has_bias; }
 
 // 16-bit operands on tensor cores; `Tile` and `Warp` are cutlass::gemm::GemmShape.
 template <class Element, class Tile, class Warp, int Stages>
@@ -74,14 +77,14 @@ struct TensorCoreGemm {
       cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, Stages,
       cutlass::gemm::kernel::GroupScheduleMode::kDeviceOnly>::GemmKernel;
 
-  using Plain = Kernel<cutlass::epilogue::thread::LinearCombination<Element, 8, float, float>>;
+  using Plain = Kernel<ActivatedCombination<Element, 8>>;
   using Gated = Kernel<GatedCombination<Element, 8>>;
 
   static void run(GroupedGemm const& gemm, GroupArrays const& arrays) {
     if (gemm.activation.gated) {
       launch_grouped<Gated>(gemm, arrays, {gemm.activation});
     } else {
-      launch_grouped<Plain>(gemm, arrays, {1.0F, gemm.source == nullptr ? 0.0F : 1.0F});
+      launch_grouped<Plain>(gemm, arrays, {gemm.activation, has_source(gemm)});
     }
   }
 };

@@ -9,10 +9,10 @@ void run_float32(GroupedGemm const& gemm, GroupArrays const& arrays) {
       float, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, 1, float, cutlass::layout::ColumnMajor,
       cutlass::ComplexTransform::kNone, 1, float, cutlass::layout::RowMajor, float, cutlass::arch::OpClassSimt,
       cutlass::arch::Sm80, cutlass::gemm::GemmShape<128, 128, 8>, cutlass::gemm::GemmShape<64, 32, 8>,
-      cutlass::gemm::GemmShape<1, 1, 1>, cutlass::epilogue::thread::LinearCombination<float, 1, float, float>,
+      cutlass::gemm::GemmShape<1, 1, 1>, ActivatedCombination<float, 1>,
       cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, 4,
       cutlass::gemm::kernel::GroupScheduleMode::kDeviceOnly>::GemmKernel;
-  launch_grouped<Kernel>(gemm, arrays, {1.0F, gemm.source == nullptr ? 0.0F : 1.0F});
+  launch_grouped<Kernel>(gemm, arrays, {gemm.activation, has_source(gemm)});
 }
 
 }  // namespace moe_infer

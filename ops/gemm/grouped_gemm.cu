@@ -25,7 +25,7 @@ bool is_vectorizable(GroupedGemm const& gemm) {
   int64_t const unit = 16 / static_cast<int64_t>(size_of(gemm.dtype));
   return gemm.n % unit == 0 && gemm.k % unit == 0 && gemm.input_stride % unit == 0 && is_aligned(gemm.input) &&
          is_aligned(gemm.output) && is_aligned(gemm.source) && is_aligned(gemm.groups.slots) &&
-         gemm.groups.slot_bytes % 16 == 0 && gemm.weight_offset % 16 == 0;
+         gemm.groups.slot_bytes % 16 == 0 && gemm.weight_offset % 16 == 0 && gemm.bias_offset % 16 == 0;
 }
 
 // CUTLASS counts columns, strides and tiles in int32.
@@ -40,10 +40,16 @@ void check_sizes(GroupedGemm const& gemm) {
   }
 }
 
+void check_source(GroupedGemm const& gemm) {
+  if (gemm.source != nullptr && (gemm.has_bias || !gemm.activation.is_none())) {
+    throw Error(MOE_INFER_INTERNAL, "MoELayer: a product with a source has neither a bias nor an activation");
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     fill_kernel(ExpertGroups groups, uint8_t* input, int64_t input_row_bytes, uint8_t* source, uint8_t* output,
                 int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t output_stride,
-                uint64_t weight_offset, GroupArrays arrays) {
+                uint64_t weight_offset, bool has_bias, uint64_t bias_offset, GroupArrays arrays) {
   int32_t const g = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
   if (g >= groups.count) return;
   int64_t const begin = groups.row_begin[g];
@@ -54,9 +60,15 @@ __global__ void __launch_bounds__(kThreads)
   arrays.inputs[g] = input + begin * input_row_bytes;
   // A group without rows may have no slot; its weights are not read.
   uint64_t const slot = rows > 0 ? static_cast<uint64_t>(groups.slot_of_group[g]) : 0;
-  arrays.weights[g] = const_cast<uint8_t*>(groups.slots) + slot * groups.slot_bytes + weight_offset;
+  uint8_t* const expert = const_cast<uint8_t*>(groups.slots) + slot * groups.slot_bytes;
+  arrays.weights[g] = expert + weight_offset;
   arrays.outputs[g] = output + begin * output_row_bytes;
   arrays.sources[g] = source == nullptr ? arrays.outputs[g] : source + begin * output_row_bytes;
+  arrays.source_strides[g] = output_stride;
+  if (has_bias) {
+    arrays.sources[g] = expert + bias_offset;
+    arrays.source_strides[g] = 0;  // one row for all
+  }
   arrays.input_strides[g] = input_stride;
   arrays.weight_strides[g] = k;
   arrays.output_strides[g] = output_stride;
@@ -75,6 +87,7 @@ size_t GroupArrays::layout(int32_t groups, uint8_t* base, GroupArrays* arrays) {
   a.outputs = slices.take<void*>(count);
   a.input_strides = slices.take<int64_t>(count);
   a.weight_strides = slices.take<int64_t>(count);
+  a.source_strides = slices.take<int64_t>(count);
   a.output_strides = slices.take<int64_t>(count);
   if (arrays != nullptr) *arrays = a;
   return slices.bytes();
@@ -92,15 +105,18 @@ void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
       gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,
       static_cast<uint8_t*>(const_cast<void*>(gemm.source)), static_cast<uint8_t*>(gemm.output), columns * element,
       static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.n, gemm.weight_offset,
-      arrays);
+      gemm.has_bias, gemm.bias_offset, arrays);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
 
 void grouped_gemm(GroupedGemm const& gemm) {
   if (gemm.rows == 0 || gemm.groups.count == 0) return;
   check_sizes(gemm);
+  check_source(gemm);
   if (gemm.dtype != DataType::kFloat32 && !is_vectorizable(gemm)) return run_unaligned(gemm);
   if (hopper::can_run(gemm)) return hopper::run(gemm);
+  // In gated_epilogue.cuh an access of the source has half the bytes that a bias has.
+  if (gemm.dtype != DataType::kFloat32 && gemm.activation.gated && gemm.has_bias) return run_unaligned(gemm);
   GroupArrays arrays;
   GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
   fill_group_arrays(gemm, arrays);

@@ -1,7 +1,9 @@
 // One matrix product for each group of rows, against the weights of the group's expert:
 //
-//   output[rows of g] = input[rows of g] @ W_g^T (+ source[rows of g]),  W_g (n, k) row-major in the slot of g
+//   output[rows of g] = act(input[rows of g] @ W_g^T + bias_g) + source[rows of g],  W_g (n, k) row-major in the slot
+//   of g
 //
+// with a bias or a source or neither, and an activation or none.
 // Sums are in float32. How many rows a group has is known to the device alone; groups without rows cost nothing. Which
 // kernel runs depends on what the host knows of the whole call (rows, expert_count, n, k, type, alignment), and a
 // tile's result on its group alone: so it does not matter which experts share a call, and resident and streaming
@@ -28,9 +30,11 @@ struct GroupedGemm {
   int64_t k = 0;
   uint64_t weight_offset = 0;  // of W in a slot
   void const* input = nullptr;
-  int64_t input_stride = 0;      // elements from a row to the next, at least k
-  void const* source = nullptr;  // (rows, n), added before rounding; nullptr: none. Not together with an activation
-  void* output = nullptr;        // (rows, n); with an activation (rows, n / 2)
+  int64_t input_stride = 0;  // elements from a row to the next, at least k
+  bool has_bias = false;
+  uint64_t bias_offset = 0;      // of the bias (n) in a slot
+  void const* source = nullptr;  // (rows, n), added before rounding; nullptr: none. Not with bias or activation
+  void* output = nullptr;        // (rows, n); with a gated activation (rows, n / 2)
   Activation activation;
   int32_t* counters = nullptr;  // two, zero before and after (device); nullptr: without the kernels that need them
   bool overlap = false;         // start while the previous kernel still runs (core/launch.h)
@@ -42,8 +46,9 @@ struct GroupedGemm {
 // Bytes of workspace for up to `groups` groups.
 size_t grouped_gemm_workspace(int32_t groups);
 
-// True when grouped_gemm applies gated activations for this type itself. For float32 the caller does.
-constexpr bool fuses_activation(DataType dtype) { return dtype != DataType::kFloat32; }
+// True when grouped_gemm applies gated activations for this type itself. For float32 the caller does, after a product
+// without an activation.
+constexpr bool fuses_gate(DataType dtype) { return dtype != DataType::kFloat32; }
 
 // Enqueues the products. Neither synchronises nor allocates. Throws Error(MOE_INFER_INVALID) when a size is beyond what
 // the kernels count in 32 bits.

@@ -110,6 +110,8 @@ void run(GroupedGemm const& gemm) {
   product.output = gemm.output;
   product.source = gemm.source;
   product.activation = gemm.activation;
+  product.has_bias = gemm.has_bias;
+  product.bias_offset = gemm.bias_offset;
   product.counters = gemm.counters;
   if (gemm.dtype == DataType::kBFloat16) {
     gemm.activation.gated ? launch_bfloat16_gated(launch, product) : launch_bfloat16(launch, product);

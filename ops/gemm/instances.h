@@ -19,6 +19,7 @@ struct GroupArrays {
   void** outputs = nullptr;
   int64_t* input_strides = nullptr;
   int64_t* weight_strides = nullptr;
+  int64_t* source_strides = nullptr;
   int64_t* output_strides = nullptr;
 
   // Slices `base`; returns the bytes. With base == nullptr only the size is computed.
@@ -35,7 +36,7 @@ void run_bfloat16_wide(GroupedGemm const& gemm, GroupArrays const& arrays);
 void run_bfloat16_narrow(GroupedGemm const& gemm, GroupArrays const& arrays);
 // FP32 units (no TF32), any size and alignment.
 void run_float32(GroupedGemm const& gemm, GroupArrays const& arrays);
-// 16-bit types, any size and alignment, not fast.
+// 16-bit types, any size and alignment, biased gates too; not fast.
 void run_unaligned(GroupedGemm const& gemm);
 
 }  // namespace moe_infer

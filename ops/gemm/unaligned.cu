@@ -1,5 +1,6 @@
 // 16-bit products of any size and alignment: one element an access, float32 arithmetic. For layers whose sizes are no
-// multiples of 8, which no known model has; it is here so that they are right, not fast.
+// multiples of 8, which no known model has, and for gated products with a bias before Hopper; it is here so that they
+// are right, not fast.
 #include <algorithm>
 
 #include "core/cuda_check.h"
@@ -38,7 +39,8 @@ __device__ int32_t group_of_tile(ExpertGroups const& groups, int64_t tile) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     unaligned_kernel(ExpertGroups groups, T const* __restrict__ input, int64_t input_stride, uint64_t weight_offset,
-                     T const* source, T* output, int64_t n, int64_t k, Activation activation) {
+                     bool has_bias, uint64_t bias_offset, T const* source, T* output, int64_t n, int64_t k,
+                     Activation activation) {
   __shared__ float a[kDepth][kTile + 1];
   __shared__ float b[kDepth][kTile + 1];
   int const thread = static_cast<int>(threadIdx.x);
@@ -56,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     if (rows <= 0) continue;                       // the same for the whole block
     int64_t const column = tile % column_tiles * kTile;
     auto const* const weights = reinterpret_cast<T const*>(expert_tensor(groups, g, weight_offset));
+    auto const* const bias = reinterpret_cast<T const*>(expert_tensor(groups, g, bias_offset));
 
     float sums[kSide][kSide] = {};
     for (int64_t step = 0; step < k; step += kDepth) {
@@ -78,6 +81,15 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    if (has_bias) {
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) {
+        int64_t const c = column + across + j;
+        float const added = c < n ? to_float(bias[c]) : 0.0F;
+#pragma unroll
+        for (int i = 0; i < kSide; ++i) sums[i][j] += added;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
       if (down + i >= rows) continue;
@@ -88,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
           int64_t const c = column + across + j;
           if (c >= n) continue;
           float const added = source == nullptr ? 0.0F : to_float(source[at * n + c]);
-          output[at * n + c] = from_float<T>(sums[i][j] + added);
+          output[at * n + c] = from_float<T>(apply_plain(activation, sums[i][j]) + added);
         }
       } else {
 #pragma unroll
@@ -111,8 +123,9 @@ void run_unaligned(GroupedGemm const& gemm) {
   with_element(gemm.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     unaligned_kernel<T><<<blocks, kThreads, 0, gemm.stream>>>(
-        gemm.groups, static_cast<T const*>(gemm.input), gemm.input_stride, gemm.weight_offset,
-        static_cast<T const*>(gemm.source), static_cast<T*>(gemm.output), gemm.n, gemm.k, gemm.activation);
+        gemm.groups, static_cast<T const*>(gemm.input), gemm.input_stride, gemm.weight_offset, gemm.has_bias,
+        gemm.bias_offset, static_cast<T const*>(gemm.source), static_cast<T*>(gemm.output), gemm.n, gemm.k,
+        gemm.activation);
   });
   MOE_CUDA_CHECK(cudaGetLastError());
 }

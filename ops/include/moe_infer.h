@@ -26,10 +26,15 @@ typedef enum {
 
 typedef enum { MOE_INFER_FLOAT32 = 0, MOE_INFER_FLOAT16 = 1, MOE_INFER_BFLOAT16 = 2 } moe_infer_dtype;
 
-typedef enum { MOE_INFER_INT32 = 0, MOE_INFER_FLOATS = 1, MOE_INFER_STRING = 2 } moe_infer_attribute_kind;
+typedef enum {
+  MOE_INFER_INT32 = 0,
+  MOE_INFER_FLOATS = 1,
+  MOE_INFER_STRING = 2,
+  MOE_INFER_FLOAT = 3
+} moe_infer_attribute_kind;
 
-/* One attribute of the operator (see docs/operator.md). `count`: number of ints or floats; bytes of a
- * string, with or without the final NUL. */
+/* One attribute of the operator (see docs/operator.md). `count`: number of ints or floats, 1 but for
+ * MOE_INFER_FLOATS; bytes of a string, with or without the final NUL. */
 typedef struct {
   const char* name;
   int32_t kind; /* moe_infer_attribute_kind */

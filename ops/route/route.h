@@ -36,12 +36,25 @@ struct RouterWeights {                      // device, float32
   float const* layernorm_weight = nullptr;  // (d_model), cpm_2
 };
 
+// A layer's router. Handed to kernels by value.
+struct RouterParams {
+  Router router = Router::kDefault;
+  bool normalize = false;  // divide the chosen weights by their sum
+  int32_t experts = 1;
+  int32_t top_k = 1;
+  int32_t n_group = 1;
+  int32_t topk_group = 1;  // as many as n_group: no limit
+  float scaling_factor = 1.0F;
+  float jitter = 0.01F;                // sparse_mixer
+  float const* router_bias = nullptr;  // (experts) on the device, sigmoid_topk; nullptr: none
+};
+
 // scores = hidden_states @ centroids, after RMS normalisation for cpm_2.
 void compute_scores(void const* hidden_states, DataType dtype, RouterWeights const& weights, Router router,
                     int64_t tokens, int64_t d_model, int32_t experts, float* scores, cudaStream_t stream);
-// Chooses top_k experts a token and their weights.
-void select_experts(void const* scores, DataType scores_dtype, Router router, bool normalize, int64_t tokens,
-                    int32_t experts, int32_t top_k, Routing const& routing, cudaStream_t stream);
+// Chooses top_k experts a token and their weights (select_token.cuh).
+void select_experts(RouterParams const& params, void const* scores, DataType scores_dtype, int64_t tokens,
+                    Routing const& routing, cudaStream_t stream);
 // Sorts the choices by expert and finds each expert's rows.
 // `overlap`, here and below: start while the previous kernel still runs (core/launch.h).
 void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, bool overlap,

@@ -12,10 +12,15 @@
 
 namespace moe_infer {
 
+// What a sub-layer is made from.
 struct SubLayerShape {
   int64_t d_model = 0;
   int64_t hidden_size = 0;
   DataType dtype = DataType::kFloat32;
+  bool bias = false;  // attribute expert_bias: tensors() has the biases too, where the sub-layer knows any
+  float activation_alpha = 1.702F;
+  float activation_beta = 1.0F;
+  float swiglu_limit = 7.0F;
 };
 
 // One tensor of an expert in the layout in which the kernels read it, row-major (rows, columns). A file holds it
@@ -26,7 +31,7 @@ struct ExpertTensor {
   std::vector<std::string> parts;
   int64_t rows = 0;  // packed
   int64_t columns = 0;
-  bool vector = false;  // one-dimensional in the file: (columns), rows is 1
+  bool vector = false;  // one-dimensional in the file: (rows * columns); with two parts the columns are 1
 };
 
 // Where tensor i lies in a slot: 256-byte aligned, in the order of tensors(). The one place that knows this.
@@ -87,6 +92,9 @@ class MoESubLayer {
   virtual size_t workspace_bytes(int64_t rows, int32_t groups) const = 0;
   // Enqueues the experts of call.groups. Must not synchronise or allocate.
   virtual void run(SubLayerCall const& call) const = 0;
+
+  // Whether it reads activation_alpha, activation_beta and swiglu_limit: for one that does not, they are refused.
+  virtual bool reads_activation_parameters() const { return false; }
 
   // A sub-layer may have a way of its own for a single token with all experts resident, from the token to the weighted
   // sum. `groups` gives the slots; its rows are not there. Must not synchronise or allocate.

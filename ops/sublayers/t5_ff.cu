@@ -1,6 +1,7 @@
 // T5_FF: x + down(gelu_tanh(gate(n)) * up(n)), n = layer_norm * x / sqrt(mean(x^2) + 1e-6). InfMoE's expert, which is
 // T5 v1.1's feed-forward layer with its norm and its residual.
-#include "sublayers/gated_feed_forward.h"
+#include "core/slices.h"
+#include "sublayers/feed_forward.h"
 #include "sublayers/row_kernels.h"
 #include "sublayers/sub_layer.h"
 
@@ -10,10 +11,13 @@ namespace {
 class T5FeedForward final : public MoESubLayer {
  public:
   explicit T5FeedForward(SubLayerShape const& shape) : MoESubLayer(shape) {
-    GatedFeedForward::check(shape);
+    FeedForward::check(shape);
     layout_ = SlotLayout(T5FeedForward::tensors(), shape.dtype);
-    feed_forward_ = {shape, layout_.offsets[1], layout_.offsets[2], Activation::gate(ActivationKind::kGeluTanh),
-                     true,  layout_.offsets[0]};
+    feed_forward_.shape = shape;
+    feed_forward_.activation = Activation::gate(ActivationKind::kGeluTanh);
+    feed_forward_.offsets.first = layout_.offsets[1];
+    feed_forward_.offsets.down = layout_.offsets[2];
+    feed_forward_.offsets.norm = layout_.offsets[0];
   }
 
   std::vector<ExpertTensor> tensors() const override {
@@ -46,7 +50,7 @@ class T5FeedForward final : public MoESubLayer {
     return aligned_size(static_cast<size_t>(rows) * static_cast<size_t>(shape_.d_model) * size_of(shape_.dtype));
   }
 
-  GatedFeedForward feed_forward_;
+  FeedForward feed_forward_;
 };
 
 }  // namespace

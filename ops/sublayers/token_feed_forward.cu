@@ -5,8 +5,8 @@
 #include "core/grid_dependency.cuh"
 #include "core/launch.h"
 #include "core/layer_config.h"
+#include "core/slices.h"
 #include "gemm/group_search.cuh"
-#include "sublayers/gated_feed_forward.h"
 #include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {

@@ -20,12 +20,27 @@ constexpr struct {
   char const* name;
   moe_infer_attribute_kind kind;
 } kAttributes[] = {
-    {"expert_count", MOE_INFER_INT32},          {"hidden_size", MOE_INFER_INT32},
-    {"expert_sublayer_type", MOE_INFER_STRING}, {"expert_weight_file", MOE_INFER_STRING},
-    {"expert_weight_prefix", MOE_INFER_STRING}, {kDigest, MOE_INFER_STRING},
-    {"max_concurrency", MOE_INFER_INT32},       {"top_k", MOE_INFER_INT32},
-    {"moe_variant", MOE_INFER_STRING},          {"normalize_routing_weights", MOE_INFER_INT32},
-    {"expert_centroids", MOE_INFER_FLOATS},     {"layernorm_weight", MOE_INFER_FLOATS},
+    {"expert_count", MOE_INFER_INT32},
+    {"hidden_size", MOE_INFER_INT32},
+    {"expert_sublayer_type", MOE_INFER_STRING},
+    {"expert_weight_file", MOE_INFER_STRING},
+    {"expert_weight_prefix", MOE_INFER_STRING},
+    {kDigest, MOE_INFER_STRING},
+    {"max_concurrency", MOE_INFER_INT32},
+    {"top_k", MOE_INFER_INT32},
+    {"moe_variant", MOE_INFER_STRING},
+    {"normalize_routing_weights", MOE_INFER_INT32},
+    {"router_bias", MOE_INFER_FLOATS},
+    {"n_group", MOE_INFER_INT32},
+    {"topk_group", MOE_INFER_INT32},
+    {"routed_scaling_factor", MOE_INFER_FLOAT},
+    {"router_jitter", MOE_INFER_FLOAT},
+    {"expert_centroids", MOE_INFER_FLOATS},
+    {"layernorm_weight", MOE_INFER_FLOATS},
+    {"expert_bias", MOE_INFER_INT32},
+    {"activation_alpha", MOE_INFER_FLOAT},
+    {"activation_beta", MOE_INFER_FLOAT},
+    {"swiglu_limit", MOE_INFER_FLOAT},
     {"embedding_size", MOE_INFER_INT32},
 };
 
@@ -34,6 +49,7 @@ PluginFieldType field_type(moe_infer_attribute_kind kind) {
     case MOE_INFER_INT32:
       return PluginFieldType::kINT32;
     case MOE_INFER_FLOATS:
+    case MOE_INFER_FLOAT:
       return PluginFieldType::kFLOAT32;
     case MOE_INFER_STRING:
       break;
@@ -103,8 +119,9 @@ void read_ints(PluginField const& field, int32_t length, FieldValue* value) {
 
 void read_floats(PluginField const& field, FieldValue* value) {
   bool const wide = field.type == PluginFieldType::kFLOAT64;
-  if (!wide && field.type != PluginFieldType::kFLOAT32) {
-    throw wrong_field(field, "values of type FLOAT32 or FLOAT64");
+  bool const one = value->kind == MOE_INFER_FLOAT;
+  if ((!wide && field.type != PluginFieldType::kFLOAT32) || (one && field.length != 1)) {
+    throw wrong_field(field, std::string(one ? "1" : "values") + " of type FLOAT32 or FLOAT64");
   }
   value->floats.reserve(static_cast<size_t>(field.length));
   for (int32_t i = 0; i < field.length; ++i) {
@@ -142,7 +159,7 @@ FieldValue read_field(PluginField const& field, bool with_inputs) {
   }
   if (value.kind == MOE_INFER_INT32) {
     read_ints(field, 1, &value);
-  } else if (value.kind == MOE_INFER_FLOATS) {
+  } else if (value.kind == MOE_INFER_FLOATS || value.kind == MOE_INFER_FLOAT) {
     read_floats(field, &value);
   } else {
     read_text(field, &value);
@@ -184,7 +201,7 @@ LayerConfig PluginFields::config() const {
     if (value.kind == MOE_INFER_INT32) {
       attribute.count = static_cast<int64_t>(value.ints.size());
       attribute.data = value.ints.data();
-    } else if (value.kind == MOE_INFER_FLOATS) {
+    } else if (value.kind == MOE_INFER_FLOATS || value.kind == MOE_INFER_FLOAT) {
       attribute.count = static_cast<int64_t>(value.floats.size());
       attribute.data = value.floats.data();
     } else {
@@ -250,7 +267,7 @@ void PluginFields::serialize(std::vector<PluginField>* fields) const {
     if (value.kind == MOE_INFER_INT32) {
       fields->emplace_back(value.name.c_str(), value.ints.data(), PluginFieldType::kINT32,
                            static_cast<int32_t>(value.ints.size()));
-    } else if (value.kind == MOE_INFER_FLOATS) {
+    } else if (value.kind == MOE_INFER_FLOATS || value.kind == MOE_INFER_FLOAT) {
       fields->emplace_back(value.name.c_str(), value.floats.data(), PluginFieldType::kFLOAT32,
                            static_cast<int32_t>(value.floats.size()));
     } else {

@@ -125,6 +125,9 @@ void check_round_trip(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   EXPECT(fields != nullptr);
   auto const* const digest = field_of(fields, "expert_weight_digest");
   EXPECT(digest != nullptr && digest->length > 10 && digest->type == PluginFieldType::kCHAR);
+  auto const* const scaling = field_of(fields, "routed_scaling_factor");
+  EXPECT(scaling != nullptr && scaling->type == PluginFieldType::kFLOAT32 && scaling->length == 1);
+  EXPECT(*static_cast<float const*>(scaling->data) == 2.5F);
   auto* const again = creator->createPlugin("again", fields, TensorRTPhase::kRUNTIME);
   EXPECT(again != nullptr);
   auto* const runtime = capability<IPluginV3OneRuntime>(again, PluginCapabilityType::kRUNTIME);
@@ -180,6 +183,7 @@ int main(int argc, char** argv) {
     int64_t const experts = kExperts;  // 64 bits are taken too
     int32_t const hidden = kHidden;
     std::vector<double> const centroids(kExperts * kDModel, 0.25);
+    double const scaling = 2.5;
     std::string const path = argv[3];
     PluginField const given[] = {
         {"expert_count", &experts, PluginFieldType::kINT64, 1},
@@ -187,8 +191,10 @@ int main(int argc, char** argv) {
         {"expert_sublayer_type", "T5_FF", PluginFieldType::kUNKNOWN, 5},  // without NUL
         {"expert_weight_file", path.c_str(), PluginFieldType::kCHAR, static_cast<int32_t>(path.size() + 1)},
         {"expert_centroids", centroids.data(), PluginFieldType::kFLOAT64, kExperts * kDModel},
+        {"moe_variant", "softmax_topk", PluginFieldType::kCHAR, 13},
+        {"routed_scaling_factor", &scaling, PluginFieldType::kFLOAT64, 1},
     };
-    PluginFieldCollection const fields{5, given};
+    PluginFieldCollection const fields{7, given};
     auto* const plugin = creator->createPlugin("moe", &fields, TensorRTPhase::kBUILD);
     EXPECT(plugin != nullptr);
     auto* const core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
