@@ -94,7 +94,7 @@ def route(
         raise ValueError(
             f"MoELayer: router_logits must have shape {expected}, got {router_logits.shape}"
         )
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scores = _scores(hidden_states.reshape(-1, d_model), config, router_logits)
         experts = _largest(_ranking(scores, config), config.top_k)
         chosen = np.take_along_axis(scores, experts, axis=-1)

@@ -41,7 +41,7 @@ def test_example_registers_itself() -> None:
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_example_compiles(tmp_path: Path, architecture: str) -> None:
     """Without a warning, for both architectures that the library is built for."""
-    source = tmp_path / "relu.cu"
+    source = tmp_path / "squared_relu.cu"
     source.write_text(example())
     system = [CUDA / "include", CUDA / "include" / "cccl"]
     done = subprocess.run(
@@ -58,7 +58,7 @@ def test_example_compiles(tmp_path: Path, architecture: str) -> None:
             "-c",
             str(source),
             "-o",
-            str(tmp_path / "relu.o"),
+            str(tmp_path / "squared_relu.o"),
         ],
         capture_output=True,
         text=True,

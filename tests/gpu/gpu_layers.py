@@ -99,11 +99,13 @@ def make_attributes(
     **more: Any,
 ) -> dict[str, Any]:
     """Attributes of a layer whose weights were written for it."""
-    path = folder / f"{sublayer}-{experts}-{d_model}-{hidden}-{dtype}-{form.replace(' ', '_')}"
+    bias = bool(more.get("expert_bias"))
+    name = sublayer + "-biased" * bias
+    path = folder / f"{name}-{experts}-{d_model}-{hidden}-{dtype}-{form.replace(' ', '_')}"
     suffix = ".npz" if form.startswith("npz") else ".safetensors"
     written = Path(f"{path}{suffix}")
     if SUBLAYERS[sublayer].tensors and not written.exists():
-        parts = make_parts(sublayer, experts, d_model, hidden, dtype)
+        parts = make_parts(sublayer, experts, d_model, hidden, dtype, bias=bias)
         written = write_experts(path, parts, sublayer, experts, form)
     more.setdefault("max_concurrency", experts)
     return layer_attributes(
@@ -135,7 +137,7 @@ def reference(attributes: Mapping[str, Any], x: Array, logits: Array | None = No
     """The oracle, with the weights in the type of the inputs, as the kernels read them."""
     config = config_of(attributes)
     weights: Any = {}
-    if config.sublayer.tensors:
+    if config.tensors:
         opened = open_expert_weights(config, x.shape[-1])
         weights = {
             e: {n: a.astype(x.dtype) for n, a in opened.expert(e).items()}

@@ -27,6 +27,7 @@ from gpu_threads import in_threads  # noqa: E402
 from layer_models import FORMATS, NUMPY, TOLERANCES, assert_close, config_of  # noqa: E402
 from moe_infer.op import DTYPES, ROUTERS, SUBLAYERS  # noqa: E402
 from moe_infer.weights import WeightFileError  # noqa: E402
+from router_options import SIGMOID_OPTIONS  # noqa: E402
 
 pytestmark = pytest.mark.needs_library
 TOKENS = (0, 1, 2, 7, 128, 1000)
@@ -159,11 +160,13 @@ def test_all_tokens_to_one_expert(folder: Path, expert: int, slots: int) -> None
         assert (stats.hits, stats.misses, stats.evictions) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("router", ["default", "softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "cpm_2"])
 def test_ties_go_to_the_lower_expert(folder: Path, router: str) -> None:
     attributes = make_attributes(
         folder, "Gated_SiLU", router, 70, 32, 48, top_k_of(router), centroids=False
     )
+    if router == "sigmoid_topk":
+        attributes["router_bias"] = [0.0] * 70
     x = make_input(64, 32, "float32")
     logits = np.random.default_rng(3).integers(0, 3, (64, 70)).astype(np.float32)
     logits[0] = 0
@@ -195,6 +198,168 @@ def test_nan_and_infinity_stay_where_they_are(
     assert_close(again, expected, dtype)
     assert np.isnan(found[[7, 8]].astype(np.float32)).all()
     assert np.isnan(found[3].astype(np.float32)).any()
+
+
+# --- Routers' options
+
+
+DIFFERENT = {"hidden": 4, "d_model": 8}  # cheap experts that still tell which ones ran
+
+
+def check_routing(attributes: dict[str, Any], logits: Any, dtype: str = "float32") -> None:
+    x = make_input(len(logits), 8, "float32")
+    with make_layer(attributes, 8, "float32", dtype) as layer:
+        assert_close(run(layer, x, logits), reference(attributes, x, logits), "float32")
+
+
+@pytest.mark.parametrize(("experts", "options"), SIGMOID_OPTIONS, ids=str)
+def test_sigmoid_topk(folder: Path, experts: int, options: dict[str, Any]) -> None:
+    attributes = make_attributes(
+        folder, "ReLU_FF", "sigmoid_topk", experts, centroids=False, **DIFFERENT, **options
+    )
+    if attributes["router_bias"] is None:
+        del attributes["router_bias"]
+    rng = np.random.default_rng(experts)
+    scores = rng.standard_normal((100, experts)).astype(np.float32)
+    check_routing(attributes, scores)
+    scores[3, experts - 1] = np.nan
+    scores[5] = -np.inf
+    scores[6, 1] = np.inf
+    check_routing(attributes, scores)
+    # Nearly all experts and groups are as good as others.
+    attributes.pop("router_bias", None)
+    tied = rng.integers(-1, 2, (100, experts)).astype(np.float32)
+    check_routing(attributes, tied)
+    check_routing({**attributes, "router_bias": [-0.25] * experts}, tied)
+
+
+@pytest.mark.parametrize("offset", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3, 5.0])
+@pytest.mark.parametrize(("experts", "top_k", "normalize"), [(16, 2, 0), (70, 2, 1), (300, 1, 0)])
+def test_sparse_mixer(
+    folder: Path, experts: int, top_k: int, normalize: int, jitter: float, offset: float
+) -> None:
+    attributes = make_attributes(
+        folder,
+        "ReLU_FF",
+        "sparse_mixer",
+        experts,
+        top_k=top_k,
+        centroids=False,
+        router_jitter=jitter,
+        normalize_routing_weights=normalize,
+        routed_scaling_factor=0.5,
+        **DIFFERENT,
+    )
+    scores = np.random.default_rng(experts).standard_normal((100, experts)).astype(np.float32)
+    scores += np.float32(offset)
+    check_routing(attributes, scores)
+    scores[3, 2] = np.nan
+    scores[5] = -np.inf
+    scores[6, 1] = np.inf
+    scores[7] = 0
+    check_routing(attributes, scores)
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax"])
+def test_scaled_weights(folder: Path, router: str) -> None:
+    attributes = make_attributes(
+        folder,
+        "ReLU_FF",
+        router,
+        20,
+        top_k=4,
+        centroids=False,
+        routed_scaling_factor=-1.5,
+        **DIFFERENT,
+    )
+    check_routing(attributes, make_input(50, 20, "float32", seed=2))
+
+
+# --- Biases and activations
+
+
+BIASED = [name for name, sublayer in SUBLAYERS.items() if sublayer.biases]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize(
+    ("d_model", "hidden"), [(64, 96), (36, 52), (33, 7), (1, 1), (512, 1024)], ids=str
+)
+@pytest.mark.parametrize("sublayer", BIASED)
+def test_feed_forwards(
+    folder: Path, sublayer: str, d_model: int, hidden: int, bias: int, dtype: str
+) -> None:
+    """Many rows an expert, few, and experts that no token chose; the same bits when streaming."""
+    attributes = make_attributes(
+        folder, sublayer, "softmax_topk", 5, d_model, hidden, 2, dtype, expert_bias=bias
+    )
+    inputs = [decided(attributes, make_input(tokens, d_model, dtype)) for tokens in (0, 1, 3, 400)]
+    with make_layer(attributes, d_model, dtype) as layer:
+        found = [run(layer, x) for x in inputs]
+    for x, got in zip(inputs, found, strict=True):
+        assert_close(got, reference(attributes, x), dtype)
+    with make_layer({**attributes, "max_concurrency": 2}, d_model, dtype) as layer:
+        for x, got in zip(inputs, found, strict=True):
+            assert same_bits(run(layer, x), got)
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("file_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sublayer", "dtype"), [("Clamped_SwiGLU", "bfloat16"), ("GELU_FF", "float32")]
+)
+def test_biases_of_another_type_and_form(
+    folder: Path, sublayer: str, dtype: str, file_dtype: str, form: str, slots: int
+) -> None:
+    attributes = make_attributes(
+        folder,
+        sublayer,
+        "default",
+        5,
+        40,
+        24,
+        dtype=file_dtype,
+        form=form,
+        expert_bias=1,
+        max_concurrency=slots,
+    )
+    x = make_input(50, 40, dtype)
+    with make_layer(attributes, 40, dtype) as layer:
+        assert_close(run(layer, x), reference(attributes, x), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [0, 1])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"swiglu_limit": 0.0},
+        {"swiglu_limit": 0.25},
+        {"activation_alpha": 0.5, "activation_beta": -2.0, "swiglu_limit": 1.5},
+    ],
+    ids=str,
+)
+def test_parameters_of_the_activation(
+    folder: Path, parameters: dict[str, float], bias: int, dtype: str
+) -> None:
+    attributes = make_attributes(
+        folder,
+        "Clamped_SwiGLU",
+        "topk_softmax",
+        8,
+        64,
+        96,
+        4,
+        dtype,
+        expert_bias=bias,
+        **parameters,
+    )
+    x = make_input(200, 64, dtype)
+    with make_layer(attributes, 64, dtype) as layer:
+        assert_close(run(layer, x), reference(attributes, x), dtype)
 
 
 # --- Residency changes nothing
@@ -474,6 +639,31 @@ def test_small(folder: Path, sublayer: str, dtype: str, slots: int) -> None:
         run(layer, x)
         run(layer, x[:1])
         run(layer, x[:0])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("slots", [2, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sublayer", "router", "options"),
+    [
+        ("Clamped_SwiGLU", "sigmoid_topk", {"n_group": 3, "topk_group": 1}),
+        ("GELU_FF", "sparse_mixer", {}),
+    ],
+)
+def test_small_with_biases(
+    folder: Path, sublayer: str, router: str, options: dict[str, Any], dtype: str, slots: int
+) -> None:
+    """Odd sizes and sizes that tensor cores take."""
+    for d_model, hidden in ((36, 51), (64, 96)):
+        attributes = make_attributes(
+            folder, sublayer, router, 6, d_model, hidden, 2, dtype, expert_bias=1, **options
+        )
+        attributes["max_concurrency"] = slots
+        x = make_input(19, d_model, dtype)
+        with make_layer(attributes, d_model, dtype) as layer:
+            assert_close(run(layer, x), reference(attributes, x), dtype)
+            run(layer, x[:1])
 
 
 def test_tolerances_are_those_of_the_design() -> None:
