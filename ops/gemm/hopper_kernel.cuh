@@ -92,52 +92,65 @@ class Producer {
   // One thread.
   __device__ void run() {
     QueuePlace queue;
-    bool waited = false;
-    for (;;) {
-      Unit const unit = take_unit_alone<TileT::kCluster>(&shared_->queue, &queue);
-      if (unit.rows == 0) break;
-      int32_t const boxes = (unit.rows + TileT::kBoxRows - 1) / TileT::kBoxRows;
-      int32_t step = 0;
-      if (!waited) {
-        // The first unit's weights depend on no other kernel: they are on their way while the one before still runs.
-        int32_t const ahead = min(product_->k_steps, TileT::kStages);
-        auto const first = place_;
-        for (int32_t s = 0; s < ahead; ++s) copy_weights(unit, s, boxes);
-        wait_for_previous_kernel();
-        waited = true;
-        place_ = first;
-        for (; step < ahead; ++step) copy_tokens(unit, step, boxes);
+    ask_for_unit();
+    Unit unit = take_unit_alone<TileT::kCluster>(&shared_->queue, &queue);
+    // The first unit's weights depend on no other kernel: they are on their way while the one before still runs.
+    int32_t const k_steps = product_->k_steps;
+    int32_t early = unit.rows == 0 ? 0 : min(k_steps, TileT::kStages);
+    for (int32_t step = 0; step < early; ++step) copy_weights(unit, step);
+    wait_for_previous_kernel();
+
+    // Late (schedule_units), but so that the next unit is there when this one's last copies are on their way.
+    int32_t const ask_at = max(0, k_steps - kAskAhead);
+    while (unit.rows != 0) {
+      for (int32_t step = 0; step < k_steps; ++step) {
+        if (step >= early) copy_weights(unit, step);
+        copy_tokens(unit, step);
+        if (step == ask_at) ask_for_unit();
       }
-      for (; step < product_->k_steps; ++step) {
-        auto const at = place_;
-        copy_weights(unit, step, boxes);
-        place_ = at;
-        copy_tokens(unit, step, boxes);
-      }
+      early = 0;
+      unit = take_unit_alone<TileT::kCluster>(&shared_->queue, &queue);
     }
-    if (!waited) wait_for_previous_kernel();
   }
 
  private:
-  __device__ void copy_weights(Unit const& unit, int32_t step, int32_t boxes) {
-    barrier_wait(&shared_->empty[place_.stage], place_.phase ^ 1);
-    uint64_t* const full = &shared_->full[place_.stage];
-    barrier_arrive_expect(full, static_cast<uint32_t>(kWeightStage + boxes * TileT::kBoxRows * kRowBytes));
-    int32_t const sixteens = (unit.block * TileT::kCluster + static_cast<int32_t>(rank_)) * (kWeightRows / 16);
+  // Steps before the end of a unit. A claim takes some microseconds, more in a cluster, and a step of a large tile less
+  // than one.
+  static constexpr int32_t kAskAhead = TileT::kCluster > 1 ? 12 : 6;
+
+  __device__ void ask_for_unit() {
+    if (rank_ == 0) barrier_arrive(&shared_->queue.wanted);
+  }
+
+  // Of the input, for a unit; each block of the cluster copies every second one.
+  __device__ static int32_t boxes_of(Unit const& unit) { return (unit.rows + TileT::kBoxRows - 1) / TileT::kBoxRows; }
+
+  // First of the sixteen-row pieces of the weights that this block works on.
+  __device__ int32_t sixteens_of(Unit const& unit) const {
+    return (unit.block * TileT::kCluster + static_cast<int32_t>(rank_)) * (kWeightRows / 16);
+  }
+
+  __device__ void copy_weights(Unit const& unit, int32_t step) {
+    uint32_t const stage = weights_place_.stage;
+    barrier_wait(&shared_->empty[stage], weights_place_.phase ^ 1);
+    uint64_t* const full = &shared_->full[stage];
+    barrier_arrive_expect(full, static_cast<uint32_t>(kWeightStage + boxes_of(unit) * TileT::kBoxRows * kRowBytes));
+    int32_t const sixteens = sixteens_of(unit);
     // A call with few rows reads each weight once.
     constexpr auto kPolicy = TileT::kTokens <= 64 ? CachePolicy::kReadOnce : CachePolicy::kNormal;
     if constexpr (kGated) {
-      copy_5d(shared_->weights[place_.stage], *weights_, full, step * kDepth, 0, 0, sixteens, unit.slot, kPolicy);
+      copy_5d(shared_->weights[stage], *weights_, full, step * kDepth, 0, 0, sixteens, unit.slot, kPolicy);
     } else {
-      copy_5d(shared_->weights[place_.stage], *weights_, full, step * kDepth, 0, 2 * sixteens, 0, unit.slot, kPolicy);
+      copy_5d(shared_->weights[stage], *weights_, full, step * kDepth, 0, 2 * sixteens, 0, unit.slot, kPolicy);
     }
-    place_.next();
+    weights_place_.next();
   }
 
-  __device__ void copy_tokens(Unit const& unit, int32_t step, int32_t boxes) {
-    uint64_t* const full = &shared_->full[place_.stage];
-    for (int32_t box = static_cast<int32_t>(rank_); box < boxes; box += TileT::kCluster) {
-      uint8_t* const to = shared_->tokens[place_.stage] + box * TileT::kBoxRows * kRowBytes;
+  __device__ void copy_tokens(Unit const& unit, int32_t step) {
+    uint32_t const stage = tokens_place_.stage;
+    uint64_t* const full = &shared_->full[stage];
+    for (int32_t box = static_cast<int32_t>(rank_); box < boxes_of(unit); box += TileT::kCluster) {
+      uint8_t* const to = shared_->tokens[stage] + box * TileT::kBoxRows * kRowBytes;
       int32_t const row = unit.row + box * TileT::kBoxRows;
       if constexpr (TileT::kCluster == 1) {
         copy_2d(to, *tokens_, full, step * kDepth, row);
@@ -145,7 +158,7 @@ class Producer {
         copy_2d_to_all(to, *tokens_, full, step * kDepth, row, (1U << TileT::kCluster) - 1);
       }
     }
-    place_.next();
+    tokens_place_.next();
   }
 
   SharedStorage<TileT>* shared_;
@@ -153,7 +166,7 @@ class Producer {
   CUtensorMap const* tokens_;
   Product const* product_;
   uint32_t rank_;
-  StagePlace<TileT::kStages> place_;
+  StagePlace<TileT::kStages> weights_place_, tokens_place_;
 };
 
 template <class T>
@@ -198,7 +211,7 @@ class Multiplier {
       if (unit.rows <= kN) {
         compute<kN>(unit);
       } else {
-        compute_narrowest<TileT::kTokens <= 64 ? 2 * kN : kN + TileT::kBoxRows>(unit);
+        compute_narrowest<kN + (TileT::kTokens <= 32 ? kN : TileT::kBoxRows)>(unit);
       }
     }
   }
@@ -236,7 +249,7 @@ class Multiplier {
   // One instruction, or two where none has kN columns.
   template <int kN>
   __device__ static void multiply(uint64_t a, uint64_t b, float (&sums)[kN / 2], bool add) {
-    constexpr int kFirst = has_mma(kN) ? kN : kN - 32;
+    constexpr int kFirst = has_mma(kN) ? kN : kN == 48 ? 32 : kN - 32;
     mma<T, kFirst>(a, b, sums, add);
     if constexpr (kFirst < kN) {
       mma<T, kN - kFirst>(a, b + (kFirst * kRowBytes >> 4), sums + kFirst / 2, add);

@@ -18,19 +18,21 @@ struct alignas(16) Unit {
   int32_t slot;   // of the expert
 };
 
-constexpr int kQueueDepth = 4;
+constexpr int kQueueDepth = 2;
 
 // Units on their way from the scheduler to those who work on them, in the shared memory of each block of the cluster.
 struct UnitQueue {
   Unit units[kQueueDepth];
   uint64_t full[kQueueDepth];
   uint64_t empty[kQueueDepth];  // counted in the first block only
+  uint64_t wanted;              // the first block's copying warp is about to need the next unit
 
   __device__ void init(uint32_t readers) {
     for (int i = 0; i < kQueueDepth; ++i) {
       barrier_init(&full[i], 1);
       barrier_init(&empty[i], readers);
     }
+    barrier_init(&wanted, 1);
   }
 };
 
@@ -136,13 +138,15 @@ __device__ inline void count_units(ExpertGroups const& groups, int32_t tile_rows
   __syncwarp();
 }
 
-// The warp that claims units for its cluster until there are none. `counters`: two, zero before the launch and again
+// The warp that claims units for its cluster until there are none, each only when it is wanted: one that was claimed
+// early is missed by a cluster that is done. `counters`: two, zero before the launch and again
 // after it, however many launches share them one after the other.
 template <int kCluster>
 __device__ void schedule_units(UnitQueue* queue, UnitsOfGroups const& units, int32_t* counters, int32_t clusters) {
   if (threadIdx.x % 32 != 0) return;
   QueuePlace place;
-  for (;;) {
+  for (uint32_t wanted_phase = 0;; wanted_phase ^= 1) {
+    barrier_wait(&queue->wanted, wanted_phase);
     Unit const unit = units.at(atomicAdd(&counters[0], 1));
     barrier_wait(&queue->empty[place.slot], place.phase ^ 1);
 #pragma unroll
