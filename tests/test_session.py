@@ -28,6 +28,7 @@ from moe_infer import reference
 from moe_infer.op import SUBLAYERS
 from moe_infer.runtime import plugin, profiles, session
 from moe_infer.runtime.expert_use import count_expert_use
+from moe_infer.runtime.options import get_entry
 from moe_infer.runtime.profiles import make_profiles, parse_range
 from moe_infer.weights import open_expert_weights, open_weight_file
 
@@ -131,18 +132,57 @@ def test_a_model_without_layers_is_left_to_onnx_runtime(tmp_path: Path) -> None:
     assert made.run(None, {"x": np.array([-1, 2], np.float32)})[0].tolist() == [0, 2]
 
 
-def test_the_callers_options_are_as_before(tmp_path: Path) -> None:
+PREPACKING = "session.disable_prepacking"
+FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def test_the_callers_options_are_as_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_prepacking", "0")
-    path = saved(tmp_path, [attributes_in(tmp_path)])
-    for _ in range(2):
-        moe_infer.InferenceSession(path, options, CPU).run(None, FEEDS)
-    assert options.get_session_config_entry("session.disable_prepacking") == "0"
-    folder = "session.model_external_initializers_file_folder_path"
-    assert options.get_session_config_entry(folder) == ""
-    # And serve a plain session of a model with external data beside it.
+    options.intra_op_num_threads = 1
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        path = saved(tmp_path / name, [attributes_in(tmp_path / name)])
+        made = moe_infer.InferenceSession(path, options, CPU)
+        made.run(None, FEEDS)
+        assert made.get_session_options().intra_op_num_threads == 1
+        profile = Path(made.end_profiling())
+        assert profile.parent == tmp_path and profile.exists()
+        profile.unlink()
+        assert not list(tmp_path.glob("profile*"))
+    for key in (PREPACKING, FOLDER):
+        with pytest.raises(RuntimeError):  # was never set
+            options.get_session_config_entry(key)
+    # And they serve a plain session of a model with external data beside it.
     moe_infer.lower(path, tmp_path / "lowered.onnx")
     ort.InferenceSession(tmp_path / "lowered.onnx", options, CPU).run(None, FEEDS)
+    # ONNX Runtime would warn of an entry that is set twice.
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_a_session_can_change_its_providers(tmp_path: Path) -> None:
+    """ONNX Runtime makes the session again, with the options that it had."""
+    made = moe_infer.InferenceSession(saved(tmp_path, [attributes_in(tmp_path)]), providers=CPU)
+    expected = made.run(None, FEEDS)[0]
+    made.set_providers(CPU)
+    assert np.array_equal(made.run(None, FEEDS)[0], expected)
+
+
+def test_options_that_cannot_be_copied_are_put_back(tmp_path: Path) -> None:
+    """A model with operators of somebody else's may need the options' custom operators."""
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    model = onnx.load(path)
+    model.opset_import.append(onnx.helper.make_opsetid("somebody.else", 1))
+    onnx.save(model, path)
+    options = ort.SessionOptions()
+    options.add_session_config_entry(PREPACKING, "0")
+    moe_infer.InferenceSession(path, options, CPU).run(None, FEEDS)
+    assert options.get_session_config_entry(PREPACKING) == "0"
+    assert options.get_session_config_entry(FOLDER) == ""
 
 
 @pytest.mark.parametrize(
@@ -283,7 +323,7 @@ class Recorder:
         self.calls: list[Any] = []
 
         def init(this: Any, model: Any, options: Any, *rest: Any, **more: Any) -> None:
-            folder = session._entry(options, session._FOLDER)
+            folder = get_entry(options, FOLDER)
             self.calls.append((model, folder, *rest, more))
 
         monkeypatch.setattr(ort.InferenceSession, "__init__", init)

@@ -31,8 +31,10 @@ from moe_infer.graph.lower_data import (
 from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
 from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
 from moe_infer.inspect import LayerInfo, describe
+from moe_infer.op import DOMAIN
 from moe_infer.runtime import plugin
 from moe_infer.runtime.expert_use import ExpertUse, add_taps, count
+from moe_infer.runtime.options import copy_options, set_entries
 from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
 from moe_infer.weights import check_content, resolve_weight_path
 
@@ -56,8 +58,10 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
     Args:
         path: the model's path, or its bytes (without ``base_dir`` relative weight paths are then
             looked for in ``MOE_INFER_WEIGHT_DIR`` and the working directory alone).
-        sess_options: as for ONNX Runtime. While the session is made, its entries for the folder of
-            external data and, for a lowered model, prepacking are set.
+        sess_options: as for ONNX Runtime. The session uses a copy, in which the entries for the
+            folder of external data and, for a lowered model, prepacking are set. In options that
+            cannot be copied (with custom operators or providers of their own) these entries are set
+            while the session is made.
         providers: obeyed exactly. None: TensorRT with CUDA and CPU where TensorRT and the plugin
             can be used; otherwise the model is lowered for CUDA if there is a GPU, else for the
             CPU, which is said once in a process through the logger ``moe_infer``.
@@ -113,7 +117,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._taps = add_taps(model, layers) if expert_use else []
         self._expert_use: list[ExpertUse] | None = None
 
-        options = sess_options if sess_options is not None else ort.SessionOptions()
+        copied = copy_options(sess_options, _foreign_domains(model))
+        options = sess_options if copied is None else copied
         # Bytes have no folder; ONNX Runtime is told the one of the external data.
         given_bytes = isinstance(path, bytes) and folder is not None
         prepared = _Prepared(path, {_FOLDER: str(folder)} if given_bytes else {})
@@ -134,19 +139,22 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._kept_alive = prepared.kept_alive
         if self.lowered and choice.reason:
             _say_once(choice)
-        with _Entries(options, prepared.entries, sess_options is not None):
-            try:
-                super().__init__(
-                    prepared.model,
-                    options,
-                    [name for name, _ in choice.providers],
-                    [values for _, values in choice.providers],
-                    # The first error is the one that helps; ONNX Runtime's own fallback hides it.
-                    **{"enable_fallback": 0, **kwargs},
-                )
-            except Exception as error:
-                _add_native_error(error, self.moe_provider)
-                raise
+        before = set_entries(options, prepared.entries)
+        try:
+            super().__init__(
+                prepared.model,
+                options,
+                [name for name, _ in choice.providers],
+                [values for _, values in choice.providers],
+                # The first error is the one that helps; ONNX Runtime's own fallback hides it.
+                **{"enable_fallback": 0, **kwargs},
+            )
+        except Exception as error:
+            _add_native_error(error, self.moe_provider)
+            raise
+        finally:
+            if copied is None:
+                set_entries(options, before)
 
     @property
     def expert_use(self) -> list[ExpertUse]:
@@ -220,36 +228,9 @@ class _Prepared:
     kept_alive: list[Any] = field(default_factory=list)
 
 
-class _Entries:
-    """Sets configuration entries of SessionOptions, and puts back what a user's options had."""
-
-    def __init__(
-        self, options: ort.SessionOptions, entries: Mapping[str, str], restore: bool
-    ) -> None:
-        self._options = options
-        self._entries = entries
-        self._restore = restore
-        self._before: dict[str, str] = {}
-
-    def __enter__(self) -> None:
-        for key, value in self._entries.items():
-            before = _entry(self._options, key)
-            if before == value:
-                continue
-            self._before[key] = before
-            self._options.add_session_config_entry(key, value)
-
-    def __exit__(self, *_: object) -> None:
-        # ONNX Runtime logs a warning for each entry that is set again, so not without need.
-        for key, value in self._before.items() if self._restore else ():
-            self._options.add_session_config_entry(key, value)
-
-
-def _entry(options: ort.SessionOptions, key: str) -> str:
-    # ONNX Runtime raises for an entry that was never set; it takes these defaults to be the same.
-    with suppress(RuntimeError):
-        return str(options.get_session_config_entry(key))
-    return "0" if key == _PREPACKING else ""
+def _foreign_domains(model: onnx.ModelProto) -> set[str]:
+    """Domains of the model's operators, without our own and those that it defines itself."""
+    return {o.domain for o in model.opset_import} - {DOMAIN} - {f.domain for f in model.functions}
 
 
 def _normalize(
