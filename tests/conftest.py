@@ -64,6 +64,14 @@ def why_no_tensorrt() -> str:
 
 
 @functools.cache
+def why_old_onnxruntime() -> str:
+    """Its own MoE operator on the CPU is wrong before, and it does not tell who runs a node."""
+    version = importlib.import_module("onnxruntime").__version__
+    numbers = tuple(int(number) for number in version.split(".")[:2])
+    return f"ONNX Runtime {version} is older than 1.32" * (numbers < (1, 32))
+
+
+@functools.cache
 def why_no_gpu() -> str:
     return "" if plugin.gpu_count() else "no NVIDIA GPU"
 
@@ -72,6 +80,7 @@ NEEDS = {
     "needs_torch": (why_no_torch, "PyTorch and onnxscript"),
     "needs_library": (why_no_library, "libmoe_infer.so"),
     "needs_tensorrt": (why_no_tensorrt, "TensorRT's library and Python bindings; no GPU"),
+    "needs_onnxruntime_1_32": (why_old_onnxruntime, "ONNX Runtime 1.32 or newer"),
     "needs_gpu": (why_no_gpu, "an NVIDIA GPU"),
 }
 

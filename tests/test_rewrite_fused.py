@@ -38,6 +38,7 @@ def _lowered(folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
 PLAIN = {"relu": "ReLU_FF", "silu": "SiLU_FF", "gelu": "GELU_Tanh_FF"}
 
 
+@pytest.mark.needs_onnxruntime_1_32
 @pytest.mark.parametrize("rank", [3, 2])
 @pytest.mark.parametrize(
     ("weights", "attributes", "plain", "wanted"),
@@ -130,6 +131,7 @@ def test_layouts_that_the_cpu_lacks(
     assert_same_outputs(tmp_path / "same.onnx", tmp_path / "out" / "model.onnx", inputs())
 
 
+@pytest.mark.needs_onnxruntime_1_32
 def test_silu_with_a_third_weight(tmp_path: Path) -> None:
     """As transformers' exporter writes it, and two-dimensional."""
     weights, attributes = Weights(), {"activation_type": "silu", "k": 3}

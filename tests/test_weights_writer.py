@@ -37,6 +37,7 @@ def test_golden_safetensors(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="zipfile then writes other headers")
 def test_golden_npz(tmp_path: Path) -> None:
     path = tmp_path / "w.npz"
     write_npz(path, [("0/a", A), ("0/b", B), ("0/c", C)])
