@@ -283,7 +283,7 @@ def _encode(name: str, value: Any) -> tuple[int, int, Any]:
             )
         return _INT32, 1, (ctypes.c_int32 * 1)(value)
     if isinstance(value, float | np.floating):
-        return _FLOAT, 1, (ctypes.c_float * 1)(value)
+        return _FLOAT, 1, (ctypes.c_float * 1)(float(value))
     if isinstance(value, Sequence | np.ndarray):
         floats = np.asarray(value, dtype=np.float32).tobytes()
         count = len(floats) // 4

@@ -186,6 +186,48 @@ def test_two_layers_and_dynamic_shapes(tmp_path: Path) -> None:
     assert count_engines(tmp_path / "cache") == 1
 
 
+@pytest.mark.parametrize("slots", [2, 8])
+def test_attributes_of_every_kind_reach_the_layer(tmp_path: Path, slots: int) -> None:
+    """DeepSeek-V3's router, then gpt-oss's experts: scalar floats, lists of them, biases."""
+    layers = [
+        make_attributes(
+            tmp_path,
+            "Gated_SiLU",
+            "sigmoid_topk",
+            8,
+            D_MODEL,
+            96,
+            3,
+            centroids=False,
+            normalize_routing_weights=1,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.75,
+            max_concurrency=slots,
+        ),
+        make_attributes(
+            tmp_path,
+            "Clamped_SwiGLU",
+            "topk_softmax",
+            8,
+            D_MODEL,
+            40,
+            4,
+            centroids=False,
+            expert_bias=1,
+            activation_alpha=1.25,
+            swiglu_limit=1.5,
+            max_concurrency=slots,
+        ),
+    ]
+    model = matmul_moe_add(layers, logits=True)
+    x = tokens(2, 9)
+    made = session(model, profile=tmp_path)
+    (y,) = made.run(None, {"x": x})
+    assert_close(y, expect(model, layers, x), "float32")
+    assert {provider for provider, _ in nodes_run(made)} == {TRT}
+
+
 def cached(model: Path, cache: Path) -> ort.InferenceSession:
     return session(model, trt_engine_cache_enable=True, trt_engine_cache_path=str(cache))
 
