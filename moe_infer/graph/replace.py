@@ -100,8 +100,9 @@ def check_region(
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.
     cast = {o for i in ancestors - inner for o in view.nodes[i].output}
     if not copy_shared_weights:
+        allowed = inner | _only_casts(view, ancestors, cast)
         for name in weights:
-            _check_weight_uses(view, name, inner | _only_casts(view, ancestors, cast))
+            _check_weight_uses(view, name, allowed)
     return Region(frozenset(inner), frozenset(ancestors), weights)
 
 
@@ -373,9 +374,9 @@ def _check_weight_uses(view: GraphView, name: str, allowed: Collection[int]) -> 
                 f"reads '{name}', which is shared with the layer; {_SHARED_REMEDY}",
             )
     # A weight may reach another node through its cast.
-    for index in allowed:
+    for index in view.users.get(name, ()):
         node = view.nodes[index]
-        if name in node.input and all(i in view.constants for i in node.input if i):
+        if all(i in view.constants for i in node.input if i):
             for value in node.output:
                 for user in view.users.get(value, ()):
                     if user not in allowed:

@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.apart import ApartInterpreter
-from moe_infer.graph.expression import Expr
+from moe_infer.graph.expression import Expr, is_index
 from moe_infer.graph.interpreter import Axis, Opaque, Value
 from moe_infer.graph.match import GraphView, attribute, text_attribute
 
@@ -49,7 +49,20 @@ class RowsInterpreter(ApartInterpreter):
         return self.loops
 
     def _read_onehot(self, node: NodeProto) -> list[Value]:
-        return self._noted(super()._read_onehot(node))
+        index, depth = self._input(node, 0), self._ints(node.input[1])
+        values, count = self.view.small(node.input[2]), self.sizes["e"]
+        if (
+            count is None
+            or depth not in ([count], [count + 1])
+            or not is_index(index.expr)
+            or values is None
+            or list(values.ravel()) != [0, 1]
+        ):
+            return self._noted(super()._read_onehot(node))
+        # transformers 5 leaves room for a number that stands for no expert; no choice has it here.
+        axis = attribute(node, "axis", -1) % (len(index.axes) + 1)
+        axes = (*index.axes[:axis], ("e",), *index.axes[axis:])
+        return self._noted([Value(axes, self.algebra.one_hot(index.expr))])
 
     def _read_equal(self, node: NodeProto) -> list[Value]:
         return self._noted(super()._read_equal(node))

@@ -107,15 +107,16 @@ class LoopInterpreter(RowsInterpreter):
 
     def _read_greater(self, node: NodeProto) -> list[Value]:
         value, zero = self._input(node, 0), self._input(node, 1)
-        for mask in self.chosen_masks:
-            if value.axes != (("e",),) or zero.expr is not self.algebra.const(0):
-                break
-            atoms = (*self.tokens, *(("k",) if "k" in mask.atoms else ()))
-            sums = self._sum_over(atoms, mask), self._sum_over(atoms[::-1], mask)
-            if value.expr in sums:
-                self.loops = True
-                return [Value(value.axes, self.algebra.make("hit", (mask,), (), ("e",)))]
-        return super()._read_greater(node)
+        atoms, counted = set(), value.expr
+        while counted.op == "sum":
+            atoms.add(str(counted.params[0]))
+            counted = counted.args[0]
+        everywhere = set(self.tokens) | ({"k"} & counted.atoms)
+        positive = zero.expr is self.algebra.const(0) and value.axes == (("e",),)
+        if counted not in self.chosen_masks or atoms != everywhere or not positive:
+            return super()._read_greater(node)
+        self.loops = True
+        return [Value(value.axes, self.algebra.make("hit", (counted,), (), ("e",)))]
 
     def _hit(self, value: Value, axis: int, number: int, count: int) -> Value:
         """The expert at which pass ``number`` of the loop works.
