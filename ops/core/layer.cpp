@@ -125,11 +125,10 @@ void MoELayer::run(void const* hidden_states, void const* router_logits, void* o
     check_run(hidden_states, router_logits, output, workspace, stream);
     auto const& config = plan_.config();
     auto const& inputs = plan_.inputs();
-    void const* const scores = score(hidden_states, router_logits, tokens, slices, stream);
+    select(hidden_states, router_logits, tokens, slices, stream);
     if (runs_single_token(tokens) && !plan_.streams() && plan_.sub_layer().has_run_token()) {
-      run_resident_token(hidden_states, scores, output, slices, stream);
+      run_resident_token(hidden_states, output, slices, stream);
     } else {
-      select_experts(router_params_, scores, scores_dtype(), tokens, slices.routing, stream);
       group(hidden_states, tokens, slices, stream);
       if (plan_.streams()) {
         run_streaming(tokens * config.top_k, slices, stream);
@@ -169,21 +168,18 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   }
 }
 
-void const* MoELayer::score(void const* hidden_states, void const* router_logits, int64_t tokens,
-                            Workspace const& workspace, cudaStream_t stream) const {
-  auto const& inputs = plan_.inputs();
-  if (inputs.has_logits) {
-    return router_logits;
-  }
+void MoELayer::select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+                      cudaStream_t stream) const {
   auto const& config = plan_.config();
-  compute_scores(hidden_states, inputs.dtype, router_weights_, config.router, tokens, inputs.d_model,
-                 config.expert_count, workspace.routing.scores, stream);
-  return workspace.routing.scores;
-}
-
-DataType MoELayer::scores_dtype() const {
   auto const& inputs = plan_.inputs();
-  return inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
+  auto const& routing = workspace.routing;
+  if (!inputs.has_logits) {
+    compute_scores(hidden_states, inputs.dtype, router_weights_, config.router, tokens, inputs.d_model,
+                   config.expert_count, routing.scores, stream);
+  }
+  void const* const scores = inputs.has_logits ? router_logits : routing.scores;
+  DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
+  select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
 }
 
 void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const {
@@ -214,13 +210,15 @@ bool MoELayer::runs_single_token(int64_t tokens) const {
   return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;
 }
 
-void MoELayer::run_resident_token(void const* hidden_states, void const* scores, void* output,
-                                  Workspace const& workspace, cudaStream_t stream) const {
-  TokenCall token;
+void MoELayer::run_resident_token(void const* hidden_states, void* output, Workspace const& workspace,
+                                  cudaStream_t stream) const {
+  auto const& config = plan_.config();
+  TokenChoices token;
   token.hidden_states = hidden_states;
-  token.scores = scores;
-  token.scores_dtype = scores_dtype();
-  token.router = router_params_;
+  token.expert_of_choice = workspace.routing.expert_of_choice;
+  token.weight_of_choice = workspace.routing.weight_of_choice;
+  token.top_k = config.top_k;
+  token.keep = config.router == Router::kBaseLayer;
   token.output = output;
   plan_.sub_layer().run_token(all_groups(workspace), token, workspace.sub_layer, overlaps(), stream);
 }

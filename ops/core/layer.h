@@ -74,13 +74,11 @@ class MoELayer {
  private:
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
                  cudaStream_t stream) const;
-  // (tokens, experts), given or computed.
-  void const* score(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-                    cudaStream_t stream) const;
-  DataType scores_dtype() const;
+  void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+              cudaStream_t stream) const;
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
-  void run_resident_token(void const* hidden_states, void const* scores, void* output, Workspace const& workspace,
+  void run_resident_token(void const* hidden_states, void* output, Workspace const& workspace,
                           cudaStream_t stream) const;
   void run_resident(int64_t rows, Workspace const& workspace, cudaStream_t stream) const;
   void run_streaming(int64_t rows, Workspace const& workspace, cudaStream_t stream);

@@ -10,7 +10,6 @@
 
 #include "core/data_type.h"
 #include "core/layer_config.h"
-#include "route/router_params.h"
 
 namespace moe_infer {
 
@@ -35,6 +34,19 @@ struct Routing {
 struct RouterWeights {                      // device, float32
   float const* centroids = nullptr;         // (d_model, experts)
   float const* layernorm_weight = nullptr;  // (d_model), cpm_2
+};
+
+// A layer's router. Handed to kernels by value.
+struct RouterParams {
+  Router router = Router::kDefault;
+  bool normalize = false;  // divide the chosen weights by their sum
+  int32_t experts = 1;
+  int32_t top_k = 1;
+  int32_t n_group = 1;
+  int32_t topk_group = 1;  // as many as n_group: no limit
+  float scaling_factor = 1.0F;
+  float jitter = 0.01F;                // sparse_mixer
+  float const* router_bias = nullptr;  // (experts) on the device, sigmoid_topk; nullptr: none
 };
 
 // scores = hidden_states @ centroids, after RMS normalisation for cpm_2.

@@ -1,4 +1,6 @@
 // Top-k and routing weights, one warp a token.
+#include <type_traits>
+
 #include "core/cuda_check.h"
 #include "core/element.cuh"
 #include "route/route.h"
@@ -8,6 +10,17 @@ namespace moe_infer {
 namespace {
 
 constexpr int kWarps = 4;
+
+__device__ float load_score(void const* scores, DataType dtype, int64_t i) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return to_float(static_cast<__half const*>(scores)[i]);
+    case DataType::kBFloat16:
+      return to_float(static_cast<__nv_bfloat16 const*>(scores)[i]);
+    default:
+      return static_cast<float const*>(scores)[i];
+  }
+}
 
 template <int kItems>
 __global__ void __launch_bounds__(kSelectLanes* kWarps)

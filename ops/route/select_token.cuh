@@ -8,25 +8,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/element.cuh"
-#include "route/router_params.h"
+#include "route/route.h"
 
 namespace moe_infer {
 
 constexpr int kSelectLanes = 32;
 constexpr unsigned kSelectAll = 0xffffffffU;
-
-// Score `i` in float32.
-__device__ inline float load_score(void const* scores, DataType dtype, int64_t i) {
-  switch (dtype) {
-    case DataType::kFloat16:
-      return to_float(static_cast<__half const*>(scores)[i]);
-    case DataType::kBFloat16:
-      return to_float(static_cast<__nv_bfloat16 const*>(scores)[i]);
-    default:
-      return static_cast<float const*>(scores)[i];
-  }
-}
 
 // Items of a lane, a power of two, that select_token needs for so many experts: calls f with it as a constant.
 template <class F>

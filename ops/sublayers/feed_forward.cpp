@@ -94,7 +94,7 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
 
 bool FeedForward::has_run_token() const { return TokenFeedForward::can_run(shape); }
 
-void FeedForward::run_token(ExpertGroups const& groups, TokenCall const& token, void* workspace, bool overlap,
+void FeedForward::run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
                             cudaStream_t stream) const {
   for_token(*this).run(groups, token, workspace, overlap, stream);
 }

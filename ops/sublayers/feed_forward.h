@@ -38,7 +38,7 @@ struct FeedForward {
 
   // The same for a single token (token_feed_forward.h), norm and residual included.
   bool has_run_token() const;
-  void run_token(ExpertGroups const& groups, TokenCall const& token, void* workspace, bool overlap,
+  void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
                  cudaStream_t stream) const;
   bool runs_as_token(SubLayerCall const& call) const { return call.single_token && has_run_token(); }
   void run_token_expert(SubLayerCall const& call) const;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "core/data_type.h"
-#include "route/router_params.h"
 
 namespace moe_infer {
 
@@ -72,12 +71,13 @@ struct SubLayerCall {
   cudaStream_t stream = nullptr;
 };
 
-// A single token and its scores, on the device.
-struct TokenCall {
-  void const* hidden_states = nullptr;  // (d_model)
-  void const* scores = nullptr;         // (experts): the sub-layer chooses its experts itself
-  DataType scores_dtype = DataType::kFloat32;
-  RouterParams router;
+// A single token and its experts, on the device.
+struct TokenChoices {
+  void const* hidden_states = nullptr;        // (d_model)
+  int32_t const* expert_of_choice = nullptr;  // (top_k)
+  float const* weight_of_choice = nullptr;    // (top_k)
+  int32_t top_k = 0;
+  bool keep = false;       // base_layer: output = weight * expert(x) + (1 - weight) * x
   void* output = nullptr;  // (d_model)
 };
 
@@ -99,7 +99,7 @@ class MoESubLayer {
   // A sub-layer may have a way of its own for a single token with all experts resident, from the token to the weighted
   // sum. `groups` gives the slots; its rows are not there. Must not synchronise or allocate.
   virtual bool has_run_token() const { return false; }
-  virtual void run_token(ExpertGroups const&, TokenCall const&, void* /*workspace*/, bool /*overlap*/,
+  virtual void run_token(ExpertGroups const&, TokenChoices const&, void* /*workspace*/, bool /*overlap*/,
                          cudaStream_t) const {}
 
   SubLayerShape const& shape() const { return shape_; }

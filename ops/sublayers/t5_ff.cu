@@ -40,7 +40,7 @@ class T5FeedForward final : public MoESubLayer {
   }
 
   bool has_run_token() const override { return feed_forward_.has_run_token(); }
-  void run_token(ExpertGroups const& groups, TokenCall const& token, void* workspace, bool overlap,
+  void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
                  cudaStream_t stream) const override {
     feed_forward_.run_token(groups, token, workspace, overlap, stream);
   }

@@ -7,7 +7,6 @@
 #include "core/layer_config.h"
 #include "core/slices.h"
 #include "gemm/group_search.cuh"
-#include "route/select_token.cuh"
 #include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {
@@ -26,30 +25,18 @@ constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
 constexpr int kMostChoices = TokenFeedForward::kMostChoices;
 constexpr size_t kMostTokenBytes = 40 * 1024;
 
-// What both kernels are given. Either a token with its scores, or (`scores` null) the first group's one row.
+// What both kernels are given. Either a token with its choices, or (`choices` null) the first group's one row.
 struct Parameters {
   TokenFeedForward layer;
   ExpertGroups groups;
-  void const* scores;
-  DataType scores_dtype;
-  RouterParams router;
+  int32_t const* expert_of_choice;
+  float const* weight_of_choice;
+  int32_t top_k;
+  bool keep;  // base_layer: adds (1 - weight) * token
   void const* token;
   void* inner;
   void* output;
 };
-
-// The token's experts, in shared memory. Every block chooses them anew: that takes less time than a kernel of its own.
-struct Choices {
-  int32_t expert[kMostChoices];
-  float weight[kMostChoices];
-};
-
-// The first warp.
-template <int kItems>
-__device__ void choose(Parameters const& p, Choices* choices) {
-  auto const score = [&](int32_t expert) { return load_score(p.scores, p.scores_dtype, expert); };
-  select_token<kItems>(p.router, score, static_cast<int>(threadIdx.x), choices->expert, choices->weight);
-}
 
 // Which expert a block works for.
 struct Expert {
@@ -57,10 +44,10 @@ struct Expert {
   int64_t row;  // of inner, token and output
 };
 
-__device__ bool find_expert(Parameters const& p, Choices const& choices, int32_t choice, Expert* expert) {
+__device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert) {
   int32_t slot;
-  if (p.scores != nullptr) {
-    slot = choices.expert[choice];  // all are resident, each in the slot of its number
+  if (p.expert_of_choice != nullptr) {
+    slot = p.expert_of_choice[choice];  // all are resident, each in the slot of its number
     expert->row = choice;
   } else {
     expert->row = p.groups.row_begin[0];
@@ -150,40 +137,31 @@ __device__ float block_sum(float value, float* partial) {
   return sum;
 }
 
-// Copies the token into shared memory; every warp but the first, which chooses experts meanwhile. The sum of the
-// squares of what this thread copied.
+// The token, normalised if the layer does so, in shared memory.
 template <class T>
-__device__ float stage_token(T const* token, int64_t d_model, T* staged) {
-  auto const pieces = static_cast<int32_t>(d_model / kPackSize<T>);
-  float squares = 0.0F;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x) - kLanes; i < pieces; i += kThreads - kLanes) {
-    if (i < 0) break;
-    uint4 const bits = reinterpret_cast<uint4 const*>(token)[i];
-    reinterpret_cast<uint4*>(staged)[i] = bits;
-    float values[kPackSize<T>];
-    unpack<T>(bits, values);
-#pragma unroll
-    for (int e = 0; e < kPackSize<T>; ++e) squares = fmaf(values[e], values[e], squares);
-  }
-  return squares;
-}
-
-// Normalises the token in shared memory.
-template <class T>
-__device__ void normalize_token(Parameters const& p, Expert const& expert, float squares, T* staged) {
+__device__ void stage_token(Parameters const& p, Expert const& expert, T const* token, T* staged) {
   using Unit = Pack<T, kPackSize<T>>;
   __shared__ float partial[kWarps];
   auto const pieces = static_cast<int32_t>(p.layer.shape.d_model / kPackSize<T>);
-  float const root = sqrtf(block_sum(squares, partial) / static_cast<float>(p.layer.shape.d_model) + kRmsNormEpsilon);
-  auto const* const scale = reinterpret_cast<Unit const*>(expert.slot + p.layer.norm_offset);
+  float squares = 0.0F;
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads) {
-    Unit unit = reinterpret_cast<Unit*>(staged)[i];
-    Unit const weight = scale[i];
-#pragma unroll
-    for (int e = 0; e < kPackSize<T>; ++e) {
-      unit.value[e] = from_float<T>(to_float(weight.value[e]) * (to_float(unit.value[e]) / root));
-    }
+    Unit const unit = reinterpret_cast<Unit const*>(token)[i];
     reinterpret_cast<Unit*>(staged)[i] = unit;
+#pragma unroll
+    for (int e = 0; e < kPackSize<T>; ++e) squares = fmaf(to_float(unit.value[e]), to_float(unit.value[e]), squares);
+  }
+  if (p.layer.has_norm) {
+    float const root = sqrtf(block_sum(squares, partial) / static_cast<float>(p.layer.shape.d_model) + kRmsNormEpsilon);
+    auto const* const scale = reinterpret_cast<Unit const*>(expert.slot + p.layer.norm_offset);
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads) {  // what this thread wrote
+      Unit unit = reinterpret_cast<Unit*>(staged)[i];
+      Unit const weight = scale[i];
+#pragma unroll
+      for (int e = 0; e < kPackSize<T>; ++e) {
+        unit.value[e] = from_float<T>(to_float(weight.value[e]) * (to_float(unit.value[e]) / root));
+      }
+      reinterpret_cast<Unit*>(staged)[i] = unit;
+    }
   }
   __syncthreads();
 }
@@ -207,34 +185,24 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
 }
 
 // inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows.
-template <class T, int kItems>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
-  __shared__ Choices choices;
   auto* const staged = reinterpret_cast<T*>(raw);
+  wait_for_previous_kernel();
+  start_next_kernel();
+  Expert expert;
+  if (!find_expert(p, static_cast<int32_t>(blockIdx.y), &expert)) return;
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   auto const* token = static_cast<T const*>(p.token);
-  wait_for_previous_kernel();
-  start_next_kernel();
-  if (p.scores == nullptr) {
-    if (p.groups.row_end[0] <= p.groups.row_begin[0]) return;
-    token += p.groups.row_begin[0] * d_model;
-  }
-  if (threadIdx.x < kLanes && p.scores != nullptr) choose<kItems>(p, &choices);
-  float const squares = stage_token(token, d_model, staged);
-  __syncthreads();
-
-  Expert expert;
-  if (!find_expert(p, choices, static_cast<int32_t>(blockIdx.y), &expert)) return;
+  if (p.expert_of_choice == nullptr) token += expert.row * d_model;
   bool const gated = layer.activation.gated;
   int64_t const weight_rows = gated ? 2 * layer.shape.hidden_size : layer.shape.hidden_size;
   int64_t const row = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kRows;
   auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.first_offset) + row * d_model;
-  if (layer.has_norm) {
-    if (row < weight_rows) prefetch_rows(weights, d_model, d_model);
-    normalize_token(p, expert, squares, staged);
-  }
+  if (row < weight_rows) prefetch_rows(weights, d_model, d_model);
+  stage_token(p, expert, token, staged);
   if (row >= weight_rows) return;
   float sums[kRows] = {};
   multiply(weights, d_model, staged, 0, static_cast<int32_t>(d_model / kPackSize<T>), sums);
@@ -259,39 +227,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
 
 // output = sum over the choices of weight * (down(inner row) + ...). A block has `quads` times kRows channels; its
 // warps share out quads, choices and parts of the rows, and the parts meet in shared memory in a fixed order.
-template <class T, int kItems>
+template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     second_kernel(Parameters const p, int32_t quads, int32_t parts) {
   extern __shared__ float results[];  // (quads, choices, parts, kRows)
-  __shared__ Choices choices;
+  __shared__ float choice_weights[kMostChoices];
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   int64_t const hidden = layer.shape.hidden_size;
-  bool const one = p.scores == nullptr;
-  int32_t const choice_count = one ? 1 : p.router.top_k;
+  bool const one = p.expert_of_choice == nullptr;
+  int32_t const choices = one ? 1 : p.top_k;
   int32_t const warp = static_cast<int32_t>(threadIdx.x) / kLanes;
-  int32_t const work = quads * choice_count * parts;
+  int32_t const work = quads * choices * parts;
   auto const pieces = static_cast<int32_t>(hidden / kPackSize<T>);
   int32_t const pieces_of_part = (pieces + parts - 1) / parts;
   int64_t const first_channel = static_cast<int64_t>(blockIdx.x) * quads * kRows;
 
-  // The scores were there before the first kernel began, only `inner` may still be on its way.
+  // Which experts were chosen has long been written (grid_dependency.cuh), only `inner` may still be on its way.
   Expert expert = {};
   bool waited = false;
   if (one) {
     wait_for_previous_kernel();
     waited = true;
-    if (!find_expert(p, choices, 0, &expert)) return;
-  } else {
-    if (warp == 0) choose<kItems>(p, &choices);
-    __syncthreads();
+    if (!find_expert(p, 0, &expert)) return;
+  } else if (threadIdx.x < choices) {
+    choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];
   }
   for (int32_t item = warp; item < work; item += kWarps) {
     int32_t const part = item % parts;
-    int32_t const choice = item / parts % choice_count;
-    int64_t const channel = first_channel + static_cast<int64_t>(item / parts / choice_count) * kRows;
+    int32_t const choice = item / parts % choices;
+    int64_t const channel = first_channel + static_cast<int64_t>(item / parts / choices) * kRows;
     if (channel >= d_model) break;
-    if (!one) find_expert(p, choices, choice, &expert);
+    if (!one) find_expert(p, choice, &expert);
     auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     int32_t const first = part * pieces_of_part;
     int32_t const end = min(pieces, first + pieces_of_part);
@@ -322,13 +289,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   auto const* token = static_cast<T const*>(p.token);
   if (one) token += expert.row * d_model;
   float sum = 0.0F;
-  for (int32_t choice = 0; choice < choice_count; ++choice) {
+  for (int32_t choice = 0; choice < choices; ++choice) {
     float value = 0.0F;
     for (int32_t part = 0; part < parts; ++part) {
-      value += results[((thread / kRows * choice_count + choice) * parts + part) * kRows + thread % kRows];
+      value += results[((thread / kRows * choices + choice) * parts + part) * kRows + thread % kRows];
     }
     if (layer.has_bias) {
-      if (!one) find_expert(p, choices, choice, &expert);
+      if (!one) find_expert(p, choice, &expert);
       value += to_float(reinterpret_cast<T const*>(expert.slot + layer.down_bias_offset)[channel]);
     }
     if (layer.has_norm) value += to_float(token[channel]);
@@ -337,47 +304,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       static_cast<T*>(p.output)[expert.row * d_model + channel] = rounded;
       return;
     }
-    sum = fmaf(choices.weight[choice], to_float(rounded), sum);
+    sum = fmaf(choice_weights[choice], to_float(rounded), sum);
   }
-  if (p.router.router == Router::kBaseLayer) sum = fmaf(1.0F - choices.weight[0], to_float(token[channel]), sum);
+  if (p.keep) sum = fmaf(1.0F - choice_weights[0], to_float(token[channel]), sum);
   static_cast<T*>(p.output)[channel] = from_float<T>(sum);
-}
-
-// Fewer kernels than select_token.cuh would make: what a warp has to look at costs little here.
-template <class F>
-void with_items(int32_t experts, F&& f) {
-  if (experts <= 128) return f(std::integral_constant<int, 4>{});
-  if (experts <= 256) return f(std::integral_constant<int, 8>{});
-  return f(std::integral_constant<int, 32>{});
 }
 
 unsigned divide_up(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
 void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
   auto const& shape = p.layer.shape;
-  int32_t const choices = p.scores == nullptr ? 1 : p.router.top_k;
+  int32_t const choices = p.expert_of_choice == nullptr ? 1 : p.top_k;
   with_element(shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_items(p.router.experts, [&](auto items) {
-      constexpr int kItems = decltype(items)::value;
-      LaunchShape first;
-      int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
-      first.blocks = divide_up(weight_rows, kWarps * kRows);
-      first.blocks_y = static_cast<unsigned>(choices);
-      first.threads = kThreads;
-      first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
-      first.overlap = overlap;
-      first.stream = stream;
-      launch(&first_kernel<T, kItems>, first, p);
+    LaunchShape first;
+    int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
+    first.blocks = divide_up(weight_rows, kWarps * kRows);
+    first.blocks_y = static_cast<unsigned>(choices);
+    first.threads = kThreads;
+    first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
+    first.overlap = overlap;
+    first.stream = stream;
+    launch(&first_kernel<T>, first, p);
 
-      int32_t const parts = shape.hidden_size >= kLongRow ? kPartsOfLongRow : 1;
-      int32_t const quads = std::max(1, kWarps / (choices * parts));
-      LaunchShape second = first;
-      second.blocks = divide_up(shape.d_model, static_cast<int64_t>(quads) * kRows);
-      second.blocks_y = 1;
-      second.shared_bytes = static_cast<size_t>(quads * choices * parts * kRows) * sizeof(float);
-      launch(&second_kernel<T, kItems>, second, p, quads, parts);
-    });
+    int32_t const parts = shape.hidden_size >= kLongRow ? kPartsOfLongRow : 1;
+    int32_t const quads = std::max(1, kWarps / (choices * parts));
+    LaunchShape second = first;
+    second.blocks = divide_up(shape.d_model, static_cast<int64_t>(quads) * kRows);
+    second.blocks_y = 1;
+    second.shared_bytes = static_cast<size_t>(quads * choices * parts * kRows) * sizeof(float);
+    launch(&second_kernel<T>, second, p, quads, parts);
   });
 }
 
@@ -394,15 +350,16 @@ size_t TokenFeedForward::inner_bytes(int64_t experts) const {
   return aligned_size(static_cast<size_t>(experts * shape.hidden_size) * size_of(shape.dtype));
 }
 
-void TokenFeedForward::run(ExpertGroups const& groups, TokenCall const& token, void* inner, bool overlap,
+void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token, void* inner, bool overlap,
                            cudaStream_t stream) const {
-  Parameters const p{*this, groups,      token.scores, token.scores_dtype, token.router, token.hidden_states,
-                     inner, token.output};
+  Parameters const p{*this,       groups,     token.expert_of_choice, token.weight_of_choice,
+                     token.top_k, token.keep, token.hidden_states,    inner,
+                     token.output};
   run_kernels(p, overlap, stream);
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this, call.groups, nullptr, DataType::kFloat32, RouterParams{}, call.input, inner, call.output};
+  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, call.input, inner, call.output};
   run_kernels(p, false, call.stream);
 }
 

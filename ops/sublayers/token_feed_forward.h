@@ -35,7 +35,7 @@ struct TokenFeedForward {
   // Of `inner` for this many experts.
   size_t inner_bytes(int64_t experts) const;
   // All experts of the token: output (d_model) = the weighted sum. Slots from `groups`; its rows are not looked at.
-  void run(ExpertGroups const& groups, TokenCall const& token, void* inner, bool overlap, cudaStream_t stream) const;
+  void run(ExpertGroups const& groups, TokenChoices const& token, void* inner, bool overlap, cudaStream_t stream) const;
   // The one expert of `call`, if the token chose it: call.output row = its result.
   void run_expert(SubLayerCall const& call, void* inner) const;
 };
