@@ -115,6 +115,69 @@ def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(after, before, rtol=0, atol=0.15)
 
 
+_GROUPS = {
+    "n_group": 2,
+    "topk_group": 1,
+    "head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+}
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Glm4Moe": ("sigmoid_topk", {**_GROUPS, "n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "Dots1": ("sigmoid_topk", {**_GROUPS, "n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "ExaoneMoe": ("sigmoid_topk", {**_GROUPS, "num_experts": 8}),
+    "SolarOpen": ("sigmoid_topk", {**_GROUPS, "n_routed_experts": 8}),
+    "FlexOlmo": ("softmax_topk", {"num_experts": 6}),
+    "MiniMax": ("softmax_topk", {"num_local_experts": 4, "head_dim": 8}),
+    "Jamba": (
+        "softmax_topk",
+        {"num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "Qwen3Next": (
+        "softmax_topk",
+        {
+            "num_experts": 6,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "GraniteMoeShared": ("topk_softmax", {"num_local_experts": 4, "shared_intermediate_size": 16}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_models_that_share_a_router(name: str, tmp_path: Path) -> None:
+    """In PyTorch; their graphs are those of the families above."""
+    router, sizes = SHARED[name]
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.fail(f"transformers {transformers.__version__} has no {name}: 5.20 is needed")
+    config = getattr(transformers, f"{name}Config")(**{**model_zoo._SIZES, **sizes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model_zoo._randomise(model)
+    ids = torch.randint(3, 64, (1, 6))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        report = moe_torch.replace_moe(model, tmp_path / "experts.safetensors")
+        after = model(input_ids=ids, use_cache=False).logits
+    assert {layer.config.moe_variant for layer in report.layers} == {router}
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert before.abs().max() > 1
+
+
+def test_an_activation_that_no_sub_layer_has(tmp_path: Path) -> None:
+    model = copy.deepcopy(model_zoo.make("Mixtral").model)
+    model.model.layers[1].mlp.experts.act_fn = nn.Tanh()
+    with pytest.raises(ValueError, match=r"layers.1.mlp' .*has activation Tanh"):
+        moe_torch.replace_moe(model, tmp_path / "experts.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_switch(tmp_path: Path) -> None:
     """An encoder and a decoder, experts with tensors of their own, one expert a token."""
     config = transformers.SwitchTransformersConfig(
