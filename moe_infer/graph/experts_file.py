@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from moe_infer.graph.external import Constant, ConstantStack, numpy_dtype
 from moe_infer.graph.match import GraphView, Match, Part
 from moe_infer.op import ExpertTensor
 from moe_infer.weights import SafetensorsWriter
+
+_BLOCK_BYTES = 2 << 20
+"""Of a packed piece of a matrix."""
 
 Source = Constant | ConstantStack
 Constants = Mapping[str, Source]
@@ -79,7 +83,7 @@ def write_experts(
     layers: list[tuple[Match, dict[str, Source]]],
     advance: Callable[[int], None],
 ) -> str:
-    """Writes all layers' experts; holds one tensor of one expert at a time.
+    """Writes all layers' experts; holds at most one tensor of one expert at a time.
 
     Args:
         path: the safetensors file, written atomically.
@@ -107,16 +111,30 @@ def _experts(
     match: Match, tensor: ExpertTensor, constants: Constants, advance: Callable[[int], None]
 ) -> Iterator[NDArray[np.generic]]:
     dtype = numpy_dtype(_dtype(match, tensor, constants))
-    shape = tensor.resolve_part_shape(match.d_model, match.hidden_size)
+    rows, *columns = tensor.resolve_part_shape(match.d_model, match.hidden_size)
+    parts = [match.parts[name] for name in tensor.parts]
+    count = len(parts)
+    # A transposed matrix is read whole: its rows lie scattered.
+    block = rows if any(part.transpose for part in parts) else _block_rows(columns, dtype, count)
     for e in range(match.expert_count):
-        packed = np.empty(tensor.shape(match.d_model, match.hidden_size), dtype)
-        for i, name in enumerate(tensor.parts):
-            packed[i :: len(tensor.parts)] = _part(constants, match.parts[name], e, shape[0])
-        yield packed
-        advance(packed.nbytes)
+        for begin in range(0, rows, block):
+            end = min(begin + block, rows)
+            packed = np.empty(((end - begin) * count, *columns), dtype)
+            for i, part in enumerate(parts):
+                packed[i::count] = _rows(constants[part.constant], part, e, begin, end)
+            yield packed
+            advance(packed.nbytes)
 
 
-def _part(constants: Constants, part: Part, expert: int, rows: int) -> NDArray[np.generic]:
-    entry = constants[part.constant].entry(expert)
-    matrix = entry.T if part.transpose else entry
-    return matrix[part.start :: part.step][:rows]
+def _block_rows(columns: Sequence[int], dtype: np.dtype[np.generic], parts: int) -> int:
+    """Rows of each part that are packed at once: few enough to stay in the processor's cache."""
+    return max(1, _BLOCK_BYTES // (math.prod(columns) * dtype.itemsize * parts))
+
+
+def _rows(constant: Source, part: Part, expert: int, begin: int, end: int) -> NDArray[np.generic]:
+    """Rows ``begin`` to ``end`` of one part of one expert."""
+    if part.transpose:
+        matrix: NDArray[np.generic] = constant.entry(expert).T
+        return matrix[part.start :: part.step][begin:end]
+    first, last = part.start + begin * part.step, part.start + (end - 1) * part.step + 1
+    return constant.rows(expert, first, last)[:: part.step]

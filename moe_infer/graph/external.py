@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import ml_dtypes
@@ -145,6 +146,14 @@ def _number(what: str, key: str, text: str) -> int:
     return int(text)
 
 
+def _read_into(file: FileIO, target: memoryview, path: Path) -> None:
+    while len(target):
+        count = file.readinto(target)
+        if not count:
+            raise ExternalDataError(f"{path}: the file became shorter while read")
+        target = target[count:]
+
+
 class Constant:
     """A constant tensor whose first axis can be read one entry at a time."""
 
@@ -179,31 +188,41 @@ class Constant:
 
     def entry(self, index: int) -> NDArray[np.generic]:
         """``tensor[index]``; only these bytes are read."""
-        shape, dtype = self.shape[1:], numpy_dtype(self.dtype)
+        shape = self.shape[1:]
         count = math.prod(shape)
-        if self._range is not None:
-            start = self._range.offset + index * count * dtype.itemsize
-            with open(self._range.path, "rb") as file:
-                file.seek(start)
-                data = file.read(count * dtype.itemsize)
-            return np.frombuffer(data, dtype, count).reshape(shape)
-        if self._tensor.HasField("raw_data"):
-            # A view of the protobuf's bytes would be made by copying all of them each time.
-            raw = self._raw()
-            return np.frombuffer(raw, dtype, count, index * count * dtype.itemsize).reshape(shape)
-        values: NDArray[np.generic] = numpy_helper.to_array(self._tensor)[index]
-        return values
+        return self._elements(index * count, count).reshape(shape)
+
+    def rows(self, index: int, begin: int, end: int) -> NDArray[np.generic]:
+        """``tensor[index, begin:end]``; only these bytes are read."""
+        row = math.prod(self.shape[2:])
+        first = index * math.prod(self.shape[1:]) + begin * row
+        return self._elements(first, (end - begin) * row).reshape(-1, *self.shape[2:])
+
+    def leading(self, begin: int, end: int) -> NDArray[np.generic]:
+        """``tensor[begin:end]``; only these bytes are read."""
+        row = math.prod(self.shape[1:])
+        return self._elements(begin * row, (end - begin) * row).reshape(-1, *self.shape[1:])
 
     def whole(self) -> NDArray[np.generic]:
         """The whole tensor."""
         if not self.shape or self.shape[0] == 0:
             raise ExternalDataError(f"weight '{self.name}' has shape {list(self.shape)}")
-        count, dtype = math.prod(self.shape), numpy_dtype(self.dtype)
+        return self._elements(0, math.prod(self.shape)).reshape(self.shape)
+
+    def _elements(self, first: int, count: int) -> NDArray[np.generic]:
+        """Elements in row-major order."""
+        dtype = numpy_dtype(self.dtype)
         if self._range is not None:
-            data = b"".join(self._range.chunks())
-            return np.frombuffer(data, dtype, count).reshape(self.shape)
-        values: NDArray[np.generic] = numpy_helper.to_array(self._tensor)
-        return values
+            values: NDArray[np.generic] = np.empty(count, dtype)
+            with open(self._range.path, "rb", buffering=0) as file:
+                file.seek(self._range.offset + first * dtype.itemsize)
+                _read_into(file, values.view(np.uint8).data, self._range.path)
+            return values
+        if self._tensor.HasField("raw_data"):
+            # A view of the protobuf's bytes would be made by copying all of them each time.
+            return np.frombuffer(self._raw(), dtype, count, first * dtype.itemsize)
+        flat: NDArray[np.generic] = numpy_helper.to_array(self._tensor).reshape(-1)
+        return flat[first : first + count]
 
     def release(self) -> None:
         """Drops what is kept in memory between entries."""
@@ -243,6 +262,10 @@ class ConstantStack:
     def entry(self, index: int) -> NDArray[np.generic]:
         """The tensor of one expert."""
         return self._entries[index].whole()
+
+    def rows(self, index: int, begin: int, end: int) -> NDArray[np.generic]:
+        """Rows of the tensor of one expert; only these bytes are read."""
+        return self._entries[index].leading(begin, end)
 
     def release(self) -> None:
         """There is nothing to drop."""

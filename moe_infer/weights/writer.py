@@ -6,6 +6,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,6 +79,7 @@ class SafetensorsWriter:
             name: one of the announced names.
             data: the tensor, in the announced type and shape; or pieces of it, one after another
                 in row-major order (one for each expert of a stacked tensor, say), of any shapes.
+                A piece must not be changed afterwards: it is hashed while the next are made.
 
         Raises:
             WeightFileError: an unknown name, a second time, another type, shape or size.
@@ -96,22 +98,22 @@ class SafetensorsWriter:
                 )
             data = (data,)
         self._output.file.seek(info.offset)
-        digest = hashlib.sha256()
         done = 0
-        for piece in data:
-            done += piece.nbytes
-            if done > info.nbytes:
-                break
-            for chunk in _chunks(str(self.path), name, piece, info.dtype):
-                self._output.file.write(chunk)
-                digest.update(chunk)
+        with _Hasher() as hasher:
+            for piece in data:
+                done += piece.nbytes
+                if done > info.nbytes:
+                    break
+                for chunk in _chunks(str(self.path), name, piece, info.dtype):
+                    hasher.update(chunk)
+                    self._output.file.write(chunk)
         if done != info.nbytes:
             count = f"over {info.nbytes}" if done > info.nbytes else f"only {done}"
             raise WeightFileError(
                 f"{self.path}: {count} bytes were given for tensor {shown(name)}; shape"
                 f" {info.shape} of {info.dtype} needs {info.nbytes}; give all pieces, once"
             )
-        self._digests[name] = digest.digest()
+        self._digests[name] = hasher.digest
 
     def __exit__(
         self,
@@ -147,6 +149,33 @@ class SafetensorsWriter:
         assert self._output is not None
         self._output.file.seek(0)
         self._output.file.write(len(self._header).to_bytes(8, "little") + self._header)
+
+
+class _Hasher:
+    """SHA-256 in a thread, while the next bytes are read and written: it takes as long as these.
+
+    At most one chunk waits beside the one that is hashed, so that no more memory is held.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "sha256")
+        self._last: Future[None] | None = None
+        self.digest = b""
+        """Once the block has ended without an error."""
+
+    def update(self, chunk: memoryview) -> None:
+        """The chunk must not change until the block has ended."""
+        before, self._last = self._last, self._pool.submit(self._hash.update, chunk)
+        if before is not None:
+            before.result()
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self.digest = self._hash.digest()
 
 
 def write_npz(
