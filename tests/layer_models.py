@@ -52,7 +52,10 @@ def make_parts(
         for tensor in tensors_of(sublayer, bias):
             for part in tensor.parts:
                 shape = tensor.resolve_part_shape(d_model, hidden)
-                values = rng.standard_normal(shape) / (np.sqrt(shape[-1]) if len(shape) > 1 else 1)
+                # With biases as large as the sums, what the experts give would not be of unit variance.
+                vector = 0.25 if part.endswith("_bias") else 1
+                values = rng.standard_normal(shape)
+                values *= 1 / np.sqrt(shape[-1]) if len(shape) > 1 else vector
                 parts[f"{e}/{part}"] = values.astype(NUMPY[dtype])
     return parts
 

@@ -204,7 +204,7 @@ ExpertGroups MoELayer::all_groups(Workspace const& workspace) const {
   return groups;
 }
 
-bool MoELayer::overlaps() const { return !plan_.streams() && is_hopper() && getenv("MOE_NO_OVERLAP") == nullptr; }
+bool MoELayer::overlaps() const { return !plan_.streams() && is_hopper(); }
 
 bool MoELayer::runs_single_token(int64_t tokens) const {
   return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;

@@ -1,5 +1,6 @@
 // Prepares a grouped product for the Hopper kernel: the maps by which the copy engine finds the operands, and the tile.
 #include <array>
+#include <cstdlib>
 #include <string>
 
 #include "core/cuda_check.h"
@@ -75,6 +76,12 @@ CUtensorMap tokens_map(GroupedGemm const& gemm, TileRows tile_rows) {
 // By rows an expert, on average over the call. A tile should hold an expert's rows at once, so that its weights are
 // read once, with room for uneven routing; more room costs stages.
 TileRows tile_rows_for(GroupedGemm const& gemm) {
+  // For benchmarks/tile_rows.py, which measures what the thresholds should be.
+  if (char const* const forced = std::getenv("MOE_INFER_TILE_ROWS"); forced != nullptr) {
+    for (TileRows const rows : {TileRows::k32, TileRows::k64, TileRows::k128, TileRows::k288}) {
+      if (std::to_string(static_cast<int>(rows)) == forced) return rows;
+    }
+  }
   int64_t const average = gemm.rows / gemm.expert_count;
   if (average <= 16) return TileRows::k32;
   if (average <= 44) return TileRows::k64;

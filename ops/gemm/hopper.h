@@ -30,13 +30,7 @@ void launch_float16(Launch const& launch, Product const& product);
 void launch_float16_gated(Launch const& launch, Product const& product);
 
 // Blocks of a cluster, and rows of the input in one copy.
-#ifndef MOE_C288
-#define MOE_C288 2
-#define MOE_C128 1
-#endif
-constexpr int cluster_of(TileRows rows) {
-  return rows == TileRows::k288 ? MOE_C288 : rows == TileRows::k128 ? MOE_C128 : 1;
-}
+constexpr int cluster_of(TileRows rows) { return rows == TileRows::k288 ? 2 : 1; }
 constexpr int box_rows_of(TileRows rows) { return rows == TileRows::k288 ? 32 : static_cast<int>(rows) / 4; }
 
 }  // namespace moe_infer::hopper

@@ -114,9 +114,9 @@ class Producer {
   }
 
  private:
-  // Steps before the end of a unit. A claim takes some microseconds, more in a cluster, and a step of a large tile less
-  // than one.
-  static constexpr int32_t kAskAhead = TileT::kCluster > 1 ? 12 : 6;
+  // Steps before the end of a unit: a claim takes some microseconds, in which the stages that are full are worked on.
+  // Earlier was slower.
+  static constexpr int32_t kAskAhead = 5;
 
   __device__ void ask_for_unit() {
     if (rank_ == 0) barrier_arrive(&shared_->queue.wanted);
