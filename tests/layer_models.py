@@ -52,7 +52,7 @@ def make_parts(
         for tensor in tensors_of(sublayer, bias):
             for part in tensor.parts:
                 shape = tensor.resolve_part_shape(d_model, hidden)
-                # With biases as large as the sums, what the experts give would not be of unit variance.
+                # Biases as large as the sums would leave outputs far from unit variance.
                 vector = 0.25 if part.endswith("_bias") else 1
                 values = rng.standard_normal(shape)
                 values *= 1 / np.sqrt(shape[-1]) if len(shape) > 1 else vector

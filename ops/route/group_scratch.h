@@ -1,4 +1,4 @@
-// How much scratch the sort in group.cu needs; Routing::layout is the only caller.
+// How much scratch group.cu needs; Routing::layout is the only caller.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace moe_infer {
 
-// Bytes for the sorted keys and CUB's own scratch. Asks CUB, hence the current CUDA device.
+// Bytes for the counts of its blocks.
 size_t group_scratch_bytes(int64_t rows, int32_t experts);
 
 }  // namespace moe_infer

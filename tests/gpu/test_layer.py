@@ -226,8 +226,8 @@ def test_sigmoid_topk(folder: Path, experts: int, options: dict[str, Any]) -> No
     scores[5] = -np.inf
     scores[6, 1] = np.inf
     check_routing(attributes, scores)
-    # Nearly all experts and groups are as good as others. Of two values only: with three, sums of different ones can be
-    # equal in float64 and not in float32.
+    # Nearly all experts and groups are as good as others. Of two values only: with three, sums of
+    # different ones can be equal in float64 and not in float32.
     attributes.pop("router_bias", None)
     tied = rng.integers(0, 2, (100, experts)).astype(np.float32)
     check_routing(attributes, tied)
