@@ -1,13 +1,13 @@
 // The grouped product on Hopper's tensor cores.
 //
 // Weights are operand A and rows of hidden states operand B: a tensor-core instruction has 64 rows of A but 8 to 256 of
-// B in steps, so a tile of few rows costs what its rows cost, and one design serves a single token and thousands. A
+// B in steps, so a tile of few rows costs what its rows cost, and one design serves few tokens and thousands. A
 // unit of work is 128 weight rows times up to kTokens rows. Three warpgroups: one warp copies both operands into a ring
 // of stages in shared memory (TMA), one warp claims units, and two warpgroups multiply 64 weight rows each, apply bias
 // and activation, transpose through shared memory and store whole 16 bytes.
 //
 // kGated: gate and up rows alternate in memory; the copy engine puts 8 gate rows and then their 8 up rows into a
-// stage, whereby a thread's sums hold both (see gated_map in hopper_grouped.cu).
+// stage, whereby a thread's sums hold both (see weights_map in hopper.cu).
 //
 // kCluster 2: two blocks work on 256 weight rows and the same rows of the input, of which each copies half into both.
 #pragma once

@@ -1,6 +1,6 @@
 // How the blocks of the Hopper kernel share out a grouped product: in units of one tile of rows times one block of
-// channels, claimed in order from a counter. Claimed and not dealt out, because tiles at the end of an expert are
-// smaller, and only so do fast and slow units balance.
+// channels, claimed in order from a counter. Claimed and not dealt out, because experts' tiles differ in their rows and
+// blocks begin at different times.
 #pragma once
 
 #include <cstdint>

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Choices const c, int32_
 
 // One block alone (gridDim.x == 1) needs no counts of others.
 __global__ void __launch_bounds__(kThreads)
-    place_kernel(Choices const c, int32_t* __restrict__ row_of_choice, int32_t* __restrict__ choice_of_row,
-                 int32_t* __restrict__ row_begin, int32_t* __restrict__ counts, int32_t* counters) {
+    place_kernel(Choices const c, int32_t* __restrict__ row_of_choice, int32_t* __restrict__ row_begin,
+                 int32_t* __restrict__ counts, int32_t* counters) {
   using Scan = cub::BlockScan<int32_t, kThreads>;
   extern __shared__ int32_t next[];  // (warps, experts): the next row of the expert for the warp
   __shared__ typename Scan::TempStorage scan;
@@ -138,7 +138,6 @@ __global__ void __launch_bounds__(kThreads)
     if (there) {
       if (rank == 0) own_next[e] = row + __popc(peers);
       row_of_choice[i] = row;
-      choice_of_row[row] = i;
     }
     __syncwarp();
   }
@@ -179,8 +178,7 @@ void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing con
     launch(&count_kernel, shape, choices, routing.counters);
   }
   shape.shared_bytes = sizeof(int32_t) * static_cast<size_t>(experts) * kWarps;
-  launch(&place_kernel, shape, choices, routing.row_of_choice, routing.choice_of_row, routing.row_begin, routing.counts,
-         routing.counters);
+  launch(&place_kernel, shape, choices, routing.row_of_choice, routing.row_begin, routing.counts, routing.counters);
 }
 
 }  // namespace moe_infer

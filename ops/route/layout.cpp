@@ -15,7 +15,6 @@ size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_
   r.scores = slices.take<float>(has_logits ? 0 : static_cast<size_t>(tokens) * columns);
   r.expert_of_choice = slices.take<int32_t>(rows);
   r.weight_of_choice = slices.take<float>(rows);
-  r.choice_of_row = slices.take<int32_t>(rows);
   r.row_of_choice = slices.take<int32_t>(rows);
   r.row_begin = slices.take<int32_t>(columns + 1);
   r.counts = slices.take<int32_t>(columns);

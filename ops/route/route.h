@@ -19,7 +19,6 @@ struct Routing {
   float* scores = nullptr;  // (tokens, experts); unused when router_logits is given
   int32_t* expert_of_choice = nullptr;
   float* weight_of_choice = nullptr;
-  int32_t* choice_of_row = nullptr;
   int32_t* row_of_choice = nullptr;
   int32_t* row_begin = nullptr;  // (experts + 1): expert e has rows row_begin[e] .. row_begin[e + 1]
   int32_t* counts = nullptr;     // (experts)
@@ -59,7 +58,7 @@ void select_experts(RouterParams const& params, void const* scores, DataType sco
 // `overlap`, here and below: start while the previous kernel still runs (core/launch.h).
 void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, bool overlap,
                      cudaStream_t stream);
-// grouped[r] = hidden_states[choice_of_row[r] / top_k].
+// grouped[row_of_choice[c]] = hidden_states[c / top_k].
 void gather_rows(void const* hidden_states, DataType dtype, int64_t tokens, int64_t d_model, int32_t top_k,
                  Routing const& routing, void* grouped, bool overlap, cudaStream_t stream);
 // output[t] = sum over k of weight * expert_output[row_of_choice[t * top_k + k]] (float32 sum in the order of k);
