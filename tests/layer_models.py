@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from moe_infer.op import DOMAIN, SUBLAYERS, ExpertTensor, LayerConfig
+from moe_infer.op import DOMAIN, ROUTERS, SUBLAYERS, ExpertTensor, LayerConfig
 from moe_infer.weights import SafetensorsWriter, write_npz
 
 ELEMENTS = {
@@ -129,6 +129,39 @@ def layer_attributes(
         bias = np.random.default_rng(8).uniform(-0.2, 0.2, experts)
         attributes.setdefault("router_bias", [float(np.float32(b)) for b in bias])
     return attributes
+
+
+def write_layer(
+    path: Path,
+    sublayer: str,
+    router: str,
+    experts: int,
+    d_model: int,
+    hidden: int,
+    *,
+    top_k: int | None = None,
+    form: str = "safetensors stacked",
+    dtype: str = "float32",
+    centroids: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """Writes random experts, where the sub-layer has any, and gives the layer's attributes.
+
+    Args:
+        path: of the weight file, without its suffix.
+        top_k: None: two, or one for a router that takes a single expert.
+        dtype: of the weights.
+        **more: attributes.
+    """
+    written = path
+    if SUBLAYERS[sublayer].tensors:
+        bias = bool(more.get("expert_bias"))
+        parts = make_parts(sublayer, experts, d_model, hidden, dtype, bias=bias)
+        written = write_experts(path, parts, sublayer, experts, form)
+    top_k = top_k or (1 if ROUTERS[router].single_expert else 2)
+    return layer_attributes(
+        sublayer, router, experts, d_model, hidden, top_k, written, centroids, **more
+    )
 
 
 def layer_model(

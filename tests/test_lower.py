@@ -20,6 +20,7 @@ from layer_models import (
     layer_model,
     make_parts,
     write_experts,
+    write_layer,
 )
 from moe_infer import reference
 from moe_infer.graph.lower import FOLDER_KEY, lower
@@ -60,14 +61,18 @@ def case(
     centroids: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    bias = bool(more.get("expert_bias"))
-    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, weights, bias=bias)
-    path = tmp_path / "none"
-    if SUBLAYERS[sublayer].tensors:
-        path = write_experts(tmp_path / "experts", parts, sublayer, EXPERTS, form)
-    top_k = top_k or (1 if ROUTERS[router].single_expert else 2)
-    return layer_attributes(
-        sublayer, router, EXPERTS, D_MODEL, HIDDEN, top_k, path, centroids, **more
+    return write_layer(
+        tmp_path / "experts",
+        sublayer,
+        router,
+        EXPERTS,
+        D_MODEL,
+        HIDDEN,
+        top_k=top_k,
+        form=form,
+        dtype=weights,
+        centroids=centroids,
+        **more,
     )
 
 

@@ -23,6 +23,7 @@ from layer_models import (
     layer_model,
     make_parts,
     write_experts,
+    write_layer,
 )
 from moe_infer import reference
 from moe_infer.op import SUBLAYERS
@@ -49,19 +50,12 @@ def attributes_in(
     **more: Any,
 ) -> dict[str, Any]:
     """A layer whose weight file is named relative to the model's folder."""
-    parts = make_parts(sublayer, EXPERTS, D_MODEL, HIDDEN, "float32")
-    path = write_experts(folder / "experts", parts, sublayer, EXPERTS, form)
-    return layer_attributes(
-        sublayer,
-        "softmax_topk",
-        EXPERTS,
-        D_MODEL,
-        HIDDEN,
-        2,
-        path if absolute else path.name,
-        centroids=False,
-        **more,
+    made = write_layer(
+        folder / "experts", sublayer, "softmax_topk", EXPERTS, D_MODEL, HIDDEN, form=form, **more
     )
+    if not absolute:
+        made["expert_weight_file"] = Path(made["expert_weight_file"]).name
+    return made
 
 
 def saved(folder: Path, layers: list[dict[str, Any]], **more: Any) -> Path:
