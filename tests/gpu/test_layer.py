@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,16 @@ from gpu_layers import (  # noqa: E402
 )
 from gpu_threads import in_threads  # noqa: E402
 
-from layer_models import FORMATS, NUMPY, TOLERANCES, assert_close, config_of  # noqa: E402
+from layer_models import (  # noqa: E402
+    FORMATS,
+    NUMPY,
+    TOLERANCES,
+    assert_close,
+    config_of,
+    layer_attributes,
+    make_parts,
+    write_experts,
+)
 from moe_infer.op import DTYPES, ROUTERS, SUBLAYERS  # noqa: E402
 from moe_infer.weights import WeightFileError  # noqa: E402
 from router_options import SIGMOID_OPTIONS  # noqa: E402
@@ -452,6 +463,66 @@ def test_a_changed_file_is_an_error_and_not_a_crash(folder: Path, tmp_path: Path
     path.write_bytes(before)
     with make_layer(attributes, 32, "float32") as layer:
         assert same_bits(run(layer, x), expected)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again and again, in place: each run is right or says what happened."""
+    monkeypatch.setenv("MOE_INFER_PINNED_BYTES", "0")
+    attributes = make_attributes(tmp_path, "T5_FF", "default", 6, 256, 512, max_concurrency=1)
+    path = Path(attributes["expert_weight_file"])
+    x = make_input(40, 256, "float32")
+    expected = reference(attributes, x)
+    whole, times = path.read_bytes(), path.stat()
+    told, right = [], 0
+    with make_layer(attributes, 256, "float32") as layer:
+        done = threading.Event()
+
+        def cut() -> None:
+            while not done.is_set():
+                os.truncate(path, len(whole) // 3)
+                path.write_bytes(whole)
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+                time.sleep(0.02)
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        try:
+            for _ in range(300):
+                try:
+                    assert_close(run(layer, x), expected, "float32")
+                    right += 1
+                except WeightFileError as error:
+                    told.append(str(error))
+        finally:
+            done.set()
+            thread.join()
+        assert_close(run(layer, x), expected, "float32")  # the file is back
+    assert told and right
+    assert all("has changed" in error or "has shrunk" in error for error in told)
+
+
+@pytest.mark.parametrize("slots", [2, 6])
+@pytest.mark.parametrize("form", ["npz stored", "npz deflated", "safetensors stacked"])
+def test_checks_of_the_weights_that_the_environment_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, slots: int
+) -> None:
+    parts = make_parts("T5_FF", 6, 32, 48, "float32")
+    parts["4/wo_weight"][3, 2] = np.inf
+    path = write_experts(tmp_path / "bad", parts, "T5_FF", 6, form)
+    attributes = layer_attributes("T5_FF", "default", 6, 32, 48, 1, path, True)
+    attributes["max_concurrency"] = slots
+    make_layer(attributes, 32, "float32").close()
+    monkeypatch.setenv("MOE_INFER_CHECK_FINITE", "1")
+    with pytest.raises(WeightFileError, match=r"holds inf at \[(4, )?3, 2\]"):
+        make_layer(attributes, 32, "float32")
+    monkeypatch.setenv("MOE_INFER_CHECK_CRC", "1")
+    good = make_attributes(tmp_path, "T5_FF", "default", 6, 32, 48, form=form)
+    good["max_concurrency"] = slots
+    x = make_input(40, 32, "float32")
+    with make_layer(good, 32, "float32") as layer:
+        assert_close(run(layer, x), reference(good, x), "float32")
 
 
 @pytest.mark.alone
