@@ -69,6 +69,20 @@ def test_a_loop_over_the_chosen_experts_becomes_right_for_every_input(tmp_path: 
     np.testing.assert_allclose(first, logits[:, :1], rtol=0, atol=TOLERANCE)
 
 
+def test_a_loop_that_runs_with_fewer_experts_is_left_alone(tmp_path: Path) -> None:
+    """Its first pass is then the first expert that was chosen, and no longer expert 0."""
+
+    def equal_parts(graph: onnx.GraphProto) -> None:
+        split = max(nodes(graph, "Split"), key=lambda n: len(n.output))
+        assert len(split.output) == 4
+        del split.input[1]
+        split.attribute.append(helper.make_attribute("num_outputs", 4))
+
+    path = edited(unpack("mixtral-torchscript", tmp_path), tmp_path, equal_parts)
+    (miss,) = refused(path, tmp_path).near_misses
+    assert "does not fail when one is not chosen" in miss.reason
+
+
 def test_the_file_holds_each_experts_own_weights(tmp_path: Path) -> None:
     path = unpack("olmoe-dynamo", tmp_path)
     model = onnx.load(path)
@@ -133,6 +147,15 @@ def _gathered_by(graph: onnx.GraphProto) -> set[str]:
     return {n.input[1] for n in nodes(graph, "GatherND")}
 
 
+def _an_axis_that_there_is_not(graph: onnx.GraphProto) -> None:
+    (made,) = [n for n in nodes(graph, "Transpose") if n.input[0] == _first_rows(graph)]
+    made.attribute[0].ints[:] = [7, 0]
+
+
+def _first_rows(graph: onnx.GraphProto) -> str:
+    return str(nodes(graph, "NonZero")[0].output[0])
+
+
 def _a_weight_is_an_input(graph: onnx.GraphProto) -> None:
     name = _products(graph, "up")[1].input[1]
     (tensor,) = [t for t in graph.initializer if t.name == name]
@@ -157,6 +180,7 @@ NEAR: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
         _weights_of_other_choices,
         "rows are taken of something with other axes than their mask",
     ),
+    "a malformed node": (_an_axis_that_there_is_not, "the node is malformed (IndexError"),
     "a weight is an input": (_a_weight_is_an_input, "is an input of the graph, not a constant"),
     "a weight is used elsewhere": (_a_weight_is_used_elsewhere, "which is shared with the layer"),
 }

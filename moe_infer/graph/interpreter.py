@@ -155,6 +155,10 @@ class Interpreter:
         except Opaque as reason:
             self.opaque[index] = str(reason)
             return []
+        except (IndexError, KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+            # Too few inputs, an axis that there is not: nothing has checked the model before.
+            self.opaque[index] = f"the node is malformed ({type(error).__name__}: {error})"
+            return []
         self.env.update(zip(node.output, values, strict=False))
         return outputs
 

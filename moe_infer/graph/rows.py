@@ -263,17 +263,20 @@ class RowsInterpreter(ApartInterpreter):
     def _read_concat(self, node: NodeProto) -> list[Value]:
         values = [self._input(node, i) for i in range(len(node.input))]
         axis = attribute(node, "axis", 0) % len(values[0].axes)
-        if not all(v.expr.atoms or v.expr.op == "row" for v in values):
+        rows = [v for v in values if v.expr.op == "row"]
+        # Of an axis of size 1 the coordinate is 0.
+        rest = {v.expr for v in values if v.expr.op != "row"}
+        if not rows and not all(v.expr.atoms for v in values):
             raise Opaque("")  # of dimensions, which are known where they are needed
-        if not all(v.expr.op == "row" and v.axes[axis] == () for v in values):
+        if not rows or rest - {self.algebra.const(0)} or any(v.axes[axis] for v in values):
             return super()._read_concat(node)
-        sources = {v.expr.args[0] for v in values}
-        left = {(*v.axes[:axis], *v.axes[axis + 1 :]) for v in values}
+        sources = {v.expr.args[0] for v in rows}
+        left = {(*v.axes[:axis], *v.axes[axis + 1 :]) for v in rows}
         if len(sources) != 1 or len(left) != 1 or axis != len(values[0].axes) - 1:
             raise Opaque("a Concat of rows of several experts")
-        chosen = tuple(str(v.expr.params) for v in values)
-        expr = self.algebra.make("row_pair", sources, chosen, ())
-        self.masks[expr] = tuple(tuple(map(str, v.expr.params)) for v in values)
+        chosen = [tuple(map(str, v.expr.params)) if v in rows else () for v in values]
+        expr = self.algebra.make("row_pair", sources, tuple(map(str, chosen)), ())
+        self.masks[expr] = tuple(chosen)
         return [Value((*left.pop(), ("coord",)), expr)]
 
     def _read_gathernd(self, node: NodeProto) -> list[Value]:

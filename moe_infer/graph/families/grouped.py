@@ -57,7 +57,9 @@ class GroupedInterpreter(ApartInterpreter):
         value = self.value(node.input[0])
         if value is None or not is_index(value.expr) or attribute(node, "largest", 1):
             return super()._read_topk(node)
-        self.sorts = True
+        again, self.sorts = self.sorts, True
+        if again or not attribute(node, "sorted", 1):
+            raise Opaque("a second sort by expert, or one that does not sort (sorted=0)")
         if value.axes != (self.pairs,) or not self._all_of(node.input[1], node.input[0]):
             raise Opaque("a sort by expert that is not of all pairs of token and chosen expert")
         perm = self.algebra.make("perm", (), (), self.pairs)

@@ -139,6 +139,9 @@ class LoopInterpreter(RowsInterpreter):
         axis = attribute(node, "axis", 0) % len(value.axes)
         if value.axes[axis] != ("hit",):
             return super()._read_split(node)
+        sizes = self.view.ints(node.input[1]) if len(node.input) > 1 else None
+        if sizes != [1] * len(node.output):
+            raise Opaque("a Split of the chosen experts that does not fail when one is not chosen")
         return [self._hit(value, axis, i, len(node.output)) for i in range(len(node.output))]
 
     def _read_gather(self, node: NodeProto) -> list[Value]:
