@@ -136,6 +136,15 @@ def test_sanitizer(runner: gpu_pool.Runner, tool: str, said: str, outcome: str) 
         assert said in part["sanitizer"]["findings"]
 
 
+def test_a_stage_for_which_there_is_no_time_is_told(runner: gpu_pool.Runner) -> None:
+    stage = gpu_report.Stage("layer", "not slow")
+    late = time.monotonic() - 1
+    part = gpu_report.run_stage(stage, runner, ["test_it.py"], None, late, 60)
+    assert part["skipped"] == "no time was left"
+    report = gpu_report.write_report(runner.work / "report.json", MACHINE, 1.0, [part])
+    assert gpu_report.exit_code(report) == 3
+
+
 def names(*arguments: Any) -> list[str]:
     return [f"{s.name}{'-' * bool(s.skipped)}" for s in gpu_report.stages(*arguments)]
 

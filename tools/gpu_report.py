@@ -35,7 +35,8 @@ RESULTS = ROOT / "benchmarks/results"
 REPORT = "gpu_tests.json"
 OUTCOMES = ("passed", "failed", "skipped", "not_run")
 # A process takes about 1 GB of host memory and 0.7 GB of the GPU's; engine builds take more.
-LAYER_JOBS, TENSORRT_JOBS = 8, 5
+LAYER_JOBS, TENSORRT_JOBS, SANITIZER_JOBS = 8, 5, 4
+NO_TIME = "no time was left"
 # What a tool says at its end, and the text without which it found something.
 SANITIZERS = {
     "memcheck": re.compile(r"ERROR SUMMARY: (?P<found>\d+) errors?"),
@@ -88,7 +89,8 @@ def stages(
         missing = "" if sanitizer else "no compute-sanitizer on PATH or under the CUDA prefix"
         for tool in SANITIZERS:
             marks = "sanitize" if not why_no_tensorrt else "sanitize and not engine"
-            made.append(Stage(tool, marks, 1, tool, missing))
+            count = jobs or min(SANITIZER_JOBS, cores)
+            made.append(Stage(tool, marks, count, tool, missing))
     return made
 
 
@@ -117,6 +119,8 @@ def run_stage(
     if stage.skipped:
         return {**what, "skipped": stage.skipped}
     started = time.monotonic()
+    if deadline is not None and started > deadline:
+        return {**what, "skipped": NO_TIME}
     found = gpu_pool.collect(runner, ["-m", stage.marks, *words], f"{stage.name}-collect")
     if stage.sanitizer:
         assert sanitizer is not None
@@ -205,7 +209,8 @@ def exit_code(report: dict[str, Any]) -> int:
     counts, sanitizer = report["counts"], report["sanitizer"].values()
     if counts["failed"] or "failed" in sanitizer:
         return 1
-    if counts["not_run"] or "not_run" in sanitizer:
+    late = any(part.get("skipped") == NO_TIME for part in report["stages"])
+    if counts["not_run"] or "not_run" in sanitizer or late:
         return 3
     return 0 if counts["passed"] else 2
 
