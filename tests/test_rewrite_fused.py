@@ -203,6 +203,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "attribute 'gate_scale' does is not known",
     ),
+    "attribute of another type": (QWEN | {"k": 2.0}, {}, "attribute 'k' is 2.0; needed is int"),
     "limit of the activated gate": (
         GPT_OSS | {"swiglu_limit_after_activation": 1},
         {},
@@ -295,6 +296,12 @@ def test_logits_without_the_shape_of_the_hidden_states_are_refused(tmp_path: Pat
     moe.input[1] = "logits"
     reason = "its hidden states have 3 dimensions and its logits 2"
     _assert_refused(_rewrite(model, tmp_path), reason, tmp_path)
+
+
+def test_too_few_inputs_are_refused(tmp_path: Path) -> None:
+    model = layer(Weights(), QWEN)
+    del next(n for n in model.graph.node if n.op_type == "MoE").input[3:]
+    _assert_refused(_rewrite(model, tmp_path), "it has 3 inputs; needed are at least 5", tmp_path)
 
 
 def test_two_layers_with_other_nodes_between(tmp_path: Path) -> None:

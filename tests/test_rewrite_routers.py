@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,29 @@ def test_what_matches(
         assert_same_outputs(
             tmp_path / "in" / "model.onnx", tmp_path / "out" / "model.onnx", tokens(count)
         )
+
+
+@pytest.mark.parametrize("text", [GROUPED, MIXER, CLAMPED], ids=["groups", "mixer", "clamped"])
+def test_invalid_nodes_are_left_alone(text: str, tmp_path: Path) -> None:
+    """A node with too few inputs, or with attributes out of range, is no reason to fail."""
+    model = block(text=text)
+    for node in model.graph.node:
+        kept = onnx.NodeProto()
+        kept.CopyFrom(node)
+        del node.input[-1:]
+        _rewrite_any(model, tmp_path)
+        node.CopyFrom(kept)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.INT:
+                attribute.i = 99
+        _rewrite_any(model, tmp_path)
+        node.CopyFrom(kept)
+
+
+def _rewrite_any(model: onnx.ModelProto, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rewrite(model, folder / "any")
 
 
 def test_the_router_bias_is_that_of_the_graph(tmp_path: Path) -> None:

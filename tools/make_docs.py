@@ -1,8 +1,9 @@
 """Writes the generated parts of the documentation: `python tools/make_docs.py [--check]`.
 
 The operator's tables come from moe_infer/op.py, the tables of measurements from the JSON files in
-benchmarks/results/. A generated part stands between `<!-- generated: NAME -->` and
-`<!-- end: NAME -->`; everything else in the files is left alone.
+benchmarks/results/, the table of models from docs/models.json, which tools/make_models.py writes.
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; everything else
+in the files is left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moe_bench import cases, report  # noqa: E402
 
 from moe_infer import op  # noqa: E402
 
-FILES = ("README.md", "docs/operator.md")
+FILES = ("README.md", "docs/operator.md", "docs/models.md")
 RESIDENT_COLUMNS = (
     "bare_graph",
     "trt_graph",
@@ -133,6 +134,20 @@ def resident_table(path: Path = ROOT / "benchmarks/results/resident.json") -> st
     return "\n\n".join(parts)
 
 
+def models() -> str:
+    """What becomes of real models' exports, as tests/test_models.py found it."""
+    rows = []
+    for entry in json.loads((ROOT / "docs/models.json").read_text()):
+        family, exporter, version = (entry[n] for n in ("family", "exporter", "transformers"))
+        if entry["refusal"]:
+            result = ("refused: " + entry["refusal"].replace("|", "\\|"), "")
+        else:
+            result = (str(entry["blocks"]), f"{entry['difference']:.0e}")
+        rows.append((family, exporter, version, *result))
+    header = ("model", "exporter", "transformers", "MoE blocks found", "largest difference")
+    return table(header, rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
@@ -140,6 +155,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sublayers": sublayers,
     "tensors": tensors,
     "sublayer_example": sublayer_example,
+    "models": models,
     "resident": resident_table,
 }
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from onnx import NodeProto
 
 from moe_infer.graph.expression import Algebra, Expr
-from moe_infer.graph.interpreter import Opaque, Value
+from moe_infer.graph.interpreter import FLOATS, Opaque, Value
 from moe_infer.graph.match import attribute
 from moe_infer.graph.routing import RoutingInterpreter
 
@@ -25,6 +26,19 @@ class ApartInterpreter(RoutingInterpreter):
     DEMANDED = (*RoutingInterpreter.DEMANDED, "Split", "Slice", "Gather")
     MOST_NODES = 200_000
     """An expert has up to 40 nodes in a traced graph, and a layer up to 1,024 experts."""
+
+    def apart(self, name: str) -> Value | None:
+        """A constant of one expert alone: a matrix or a vector; None if it is none."""
+        tensor = self.view.constants.get(name)
+        if tensor is None or tensor.data_type not in FLOATS or len(tensor.dims) not in (1, 2):
+            return None
+        elements, last = np.prod(tensor.dims, dtype=np.int64), tensor.dims[-1]
+        if elements in (1, self.sizes["e"]) and last in (1, self.sizes["e"]):
+            return None  # one number, or one for each expert: of the router
+        atoms = [f"{name}#{i + 1}" for i in range(len(tensor.dims))]
+        self.sizes.update(zip(atoms, tensor.dims, strict=True))
+        expr = self.algebra.make("matrix", (), (name,), atoms)
+        return Value(tuple((a,) for a in atoms), expr)
 
     def pick(self, value: Value, axis: int, expert: int, keep: bool) -> Value:
         """``value`` at one expert; the axis of the experts becomes one of size 1, or goes."""

@@ -26,7 +26,7 @@ from moe_infer.graph.shape_values import ShapeValues
 
 Axis = tuple[str, ...]
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INDEX_OPS = ("top_index", "stack", "tokens", "arange_e", "one_hot", "const")
 _NOT_READ = ("Shape", "Size")
 """They are evaluated where a shape is needed."""
@@ -43,6 +43,12 @@ _DEMANDED = (
     "Range",
     "Constant",
 )
+
+
+_ARITY = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Equal", "Greater", "Less"), 2),
+    "Where": 3,
+}
 
 
 class Opaque(Exception):  # noqa: N818 - a signal inside this package, not an error
@@ -208,7 +214,7 @@ class Interpreter:
         if small is not None and small.dtype.kind == "i":
             return self._constant_token_index(small.ravel(), small.shape)
         tensor = view.constants.get(name)
-        if tensor is None or tensor.data_type not in _FLOATS:
+        if tensor is None or tensor.data_type not in FLOATS:
             return None
         single = tensor.data_type != TensorProto.DOUBLE
         if single and tensor.dims and list(tensor.dims) == [*[1] * (len(tensor.dims) - 1), experts]:
@@ -253,7 +259,7 @@ class Interpreter:
 
     def _read_cast(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
-        if attribute(node, "to", 0) not in _FLOATS and value.expr.op not in _INDEX_OPS:
+        if attribute(node, "to", 0) not in FLOATS and value.expr.op not in _INDEX_OPS:
             raise Opaque("a Cast of floating-point values to another kind")
         return [value]
 
@@ -491,6 +497,8 @@ class Interpreter:
     def _elementwise(
         self, node: NodeProto, combine: Callable[[list[Expr]], Expr | None]
     ) -> list[Value]:
+        if len(node.input) != _ARITY.get(node.op_type, len(node.input)):
+            raise Opaque(f"a {node.op_type} of {len(node.input)} values")
         values = [self._input(node, i) for i in range(len(node.input))]
         expr = combine([v.expr for v in values])
         if expr is None:

@@ -91,10 +91,13 @@ def check_region(
     own = inner - _views(view, inner, sources)
     ancestors |= _measured(view, ancestors, own)
     shapes = _shapes(view, ancestors, own)
-    _check_inner_uses(view, own, inner | shapes, output)
     # The shape of what only the router computes may be used outside: exporters share equal shapes
     # among layers. What gives it then stays, and goes when its last reader goes.
     heavy = _after_matrices(view, own, constants)
+    light = (o for i in own - heavy for o in view.nodes[i].output)
+    users = {user for value in light for user in view.users.get(value, ())}
+    measured = {u for u in users if view.nodes[u].op_type in _SHAPE_OPS}
+    _check_inner_uses(view, own, inner | shapes | measured, output)
     _check_inner_uses(view, _shapes(view, ancestors, heavy), ancestors, output)
     weights = tuple(name for name in constants if _is_weight(view, name))
     # Constants beside the weights (epsilons, axes) are often shared between layers, and stay.

@@ -161,9 +161,10 @@ def _groups(ranking: Expr, reader: Interpreter) -> tuple[Expr, dict[str, float]]
     algebra = reader.algebra
     condition, inside, outside = ranking.args
     if outside.op != "const" or outside.value != -math.inf:
+        score = f"{outside.value:g}" if outside.op == "const" else short(outside)
         raise Mismatch(
             Stage.COMBINED,
-            f"experts outside the chosen groups get the score {short(outside)}; it must be minus"
+            f"experts outside the chosen groups get the score {score}; it must be minus"
             " infinity, lest they be chosen when the scores inside are lower. DeepSeek-V3 of"
             " transformers 4 does so; export with transformers 5",
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import numpy as np
 from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.apart import ApartInterpreter
@@ -74,20 +73,8 @@ class RowsInterpreter(ApartInterpreter):
     # Constants of one expert
 
     def _constant(self, name: str) -> Value | None:
-        tensor = self.view.constants.get(name)
-        apart = tensor is not None and tensor.data_type in _FLOATS and len(tensor.dims) in (1, 2)
-        if tensor is None or not apart:
-            return super()._constant(name)
-        # One number, or one for each expert: of the router.
-        if np.prod(tensor.dims, dtype=np.int64) in (1, self.sizes["e"]) and (
-            tensor.dims[-1] in (1, self.sizes["e"])
-        ):
-            return super()._constant(name)
         # Of rank 2 it may also be a vector for each expert, which shows when it is picked.
-        atoms = [f"{name}#{i + 1}" for i in range(len(tensor.dims))]
-        self.sizes.update(zip(atoms, tensor.dims, strict=True))
-        expr = self.algebra.make("matrix", (), (name,), atoms)
-        return Value(tuple((a,) for a in atoms), expr)
+        return self.apart(name) or super()._constant(name)
 
     def pick(self, value: Value, axis: int, expert: int, keep: bool) -> Value:
         """Also of vectors that are stacked in one constant."""

@@ -53,18 +53,18 @@ __device__ inline float warp_sum(float x) {
 // The largest of the warp's keys: index in the low half, complemented, key in the high half. The same in all lanes.
 template <int kItems>
 __device__ uint64_t largest(uint32_t const (&keys)[kItems], int lane) {
-  uint32_t best = 0;
+  uint64_t best = 0;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) best = keys[i] > best ? keys[i] : best;
-  best = __reduce_max_sync(kSelectAll, best);
-  if (best == 0) return 0;  // none is left
-  uint32_t index = ~0U;
-#pragma unroll
-  for (int i = kItems - 1; i >= 0; --i) {
-    if (keys[i] == best) index = static_cast<uint32_t>(i * kSelectLanes + lane);
+  for (int i = 0; i < kItems; ++i) {
+    uint64_t const candidate = static_cast<uint64_t>(keys[i]) << 32 | static_cast<uint32_t>(~(i * kSelectLanes + lane));
+    if (keys[i] != 0 && candidate > best) best = candidate;
   }
-  index = __reduce_min_sync(kSelectAll, index);
-  return static_cast<uint64_t>(best) << 32 | ~index;
+#pragma unroll
+  for (int offset = kSelectLanes / 2; offset > 0; offset /= 2) {
+    uint64_t const other = __shfl_xor_sync(kSelectAll, best, offset);
+    best = other > best ? other : best;
+  }
+  return best;
 }
 
 __device__ inline int32_t index_of(uint64_t best) { return static_cast<int32_t>(~static_cast<uint32_t>(best)); }

@@ -2,7 +2,6 @@
 // operation. The same code as on a GPU, but for the exponential function's last bits.
 #include <ucontext.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -52,16 +51,6 @@ inline bool __any_sync(unsigned, bool value) {
     if (one != 0) return true;
   }
   return false;
-}
-
-inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
-  auto const& all = exchange(value);
-  return static_cast<uint32_t>(*std::max_element(all.begin(), all.end()));
-}
-
-inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
-  auto const& all = exchange(value);
-  return static_cast<uint32_t>(*std::min_element(all.begin(), all.end()));
 }
 
 inline uint32_t __float_as_uint(float x) {

@@ -42,6 +42,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Every attribute of the operator that is known here, and what it is when it is not given."""
 
+_FLOATS = ("activation_alpha", "activation_beta", "swiglu_limit")
+
 _PLAIN = {"relu": "ReLU_FF", "silu": "SiLU_FF", "gelu": "GELU_Tanh_FF"}
 """Sub-layers of one weight. Its gelu is that by tanh, as running it shows."""
 
@@ -141,6 +143,12 @@ def _read(view: GraphView, node: NodeProto) -> _Layer:
     unknown = sorted(set(given) - set(_DEFAULTS))
     if unknown:
         raise _refuse(f"what its attribute '{unknown[0]}' does is not known")
+    for attribute, value in given.items():
+        kind = float if attribute in _FLOATS else type(_DEFAULTS[attribute])
+        if type(value) is not kind:
+            raise _refuse(f"its attribute '{attribute}' is {value!r}; needed is {kind.__name__}")
+    if len(node.input) <= _FC2 or not all(node.input[:2]) or not node.output:
+        raise _refuse(f"it has {len(node.input)} inputs; needed are at least {_FC2 + 1}")
     options = {**_DEFAULTS, **given}
     if options["swiglu_limit_after_activation"]:
         raise _refuse(
@@ -189,9 +197,7 @@ def _sublayer(layer: _Layer) -> tuple[str, dict[str, Part], dict[str, float]]:
 
 
 def _swiglu(layer: _Layer) -> tuple[str, dict[str, float]]:
-    alpha, beta, limit = (
-        layer.options[n] for n in ("activation_alpha", "activation_beta", "swiglu_limit")
-    )
+    alpha, beta, limit = (layer.options[n] for n in _FLOATS)
     if limit is None and (alpha, beta) == (1.0, 0.0):
         return "Gated_SiLU", {}
     if limit is not None and limit <= 0:
@@ -201,7 +207,7 @@ def _swiglu(layer: _Layer) -> tuple[str, dict[str, float]]:
 
 
 def _check_no_parameters(layer: _Layer, kind: str) -> None:
-    for name in ("activation_alpha", "activation_beta", "swiglu_limit"):
+    for name in _FLOATS:
         if layer.options[name] != _DEFAULTS[name]:
             raise _refuse(
                 f"{name} is {layer.options[name]:g}, but activation_type '{kind}' has no such"
@@ -254,7 +260,7 @@ def _logits(view: GraphView, node: NodeProto, experts: int) -> str:
     if wanted is None or found is None or len(wanted) == len(found):
         return logits
     producer = view.producer(logits)
-    if producer is not None and producer.op_type == "Reshape":
+    if producer is not None and producer.op_type == "Reshape" and producer.input:
         source = str(producer.input[0])
         shape = view.types.shape(source)
         if shape is not None and len(shape) == len(wanted) and shape[-1] == experts:

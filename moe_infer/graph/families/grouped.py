@@ -75,11 +75,16 @@ class GroupedInterpreter(ApartInterpreter):
             if node is None:
                 return False
             if node.op_type in ("Shape", "Size"):
-                return bool(node.input[0] == name)
+                return self._of_one_size(node.input[0], name)
             if node.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Cast", "Gather"):
                 return False
             count = node.input[0]
         return False
+
+    def _of_one_size(self, a: str, b: str) -> bool:
+        """Whether two vectors have one length: exporters take equal shapes from other layers."""
+        first, second = self.view.types.shape(a), self.view.types.shape(b)
+        return a == b or (first == second and bool(first) and None not in (first or ()))
 
     def _read_div(self, node: NodeProto) -> list[Value]:
         left, right = self._input(node, 0), self._input(node, 1)

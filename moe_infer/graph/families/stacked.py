@@ -74,7 +74,8 @@ def search(view: GraphView, family: str, reader: type[Interpreter]) -> Iterator[
         reader: what the family knows beyond :class:`Interpreter`.
     """
     for node in view.nodes:
-        if node.op_type in ("TopK", "ArgMax") and node.domain in ("", "ai.onnx"):
+        complete = bool(node.input) and bool(node.output)
+        if complete and node.op_type in ("TopK", "ArgMax") and node.domain in ("", "ai.onnx"):
             found = _at(view, node, family, reader)
             if found is not None:
                 yield found
@@ -135,10 +136,13 @@ def _logits(view: GraphView, anchor: NodeProto) -> list[str]:
 
 
 def _without_casts(view: GraphView, name: str) -> str:
-    node = view.producer(name)
-    while node is not None and node.op_type in ("Cast", "Identity") and not _rounds(view, node):
-        name = str(node.input[0])
+    for _ in range(_MOST_STEPS):
         node = view.producer(name)
+        if node is None or node.op_type not in ("Cast", "Identity") or not node.input:
+            break
+        if _rounds(view, node):
+            break
+        name = str(node.input[0])
     return name
 
 
@@ -186,6 +190,8 @@ def _layout_only(view: GraphView, chain: list[str]) -> int:
 
 def _rounds(view: GraphView, node: NodeProto) -> bool:
     """True for a Cast to a type with fewer bits: what follows it reads rounded values."""
+    if not node.input or not node.output:
+        return False
     wide = (TensorProto.FLOAT, TensorProto.DOUBLE)
     before, after = (view.types.element_type(n) for n in (node.input[0], node.output[0]))
     return node.op_type == "Cast" and before in wide and after not in (before, TensorProto.DOUBLE)
