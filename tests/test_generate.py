@@ -166,6 +166,33 @@ def test_the_same_tokens_as_pytorch(mixtral: Path, exported: Path) -> None:
 
 
 @pytest.mark.needs_torch
+def test_a_prompt_in_pieces(exported: Path) -> None:
+    from examples.decoding.cache import Decoder
+
+    prompt = list(range(40, 61))
+    whole = Decoder(exported / "model.onnx", CPU, context=32).run(prompt)
+    decoder = Decoder(exported / "model.onnx", CPU, context=32, chunk=8)
+    np.testing.assert_allclose(decoder.run(prompt), whole, rtol=0, atol=1e-4)
+    assert decoder.length == 21
+    with pytest.raises(ValueError, match=r"12 tokens after 21; .* at most 32"):
+        decoder.run(prompt[:12])
+
+
+@pytest.mark.needs_torch
+def test_the_ranges_agree(exported: Path) -> None:
+    """Past and new tokens add up to the mask's length in each of the three shapes."""
+    from examples.decoding.cache import _ranges
+
+    ranges = _ranges(exported / "model.onnx", 100, 8)
+    assert ranges == {
+        "batch_size": (1, 1, 1),
+        "sequence_length": (1, 1, 8),
+        "past_sequence_length": (0, 50, 100),
+        "total_sequence_length": (1, 51, 108),
+    }
+
+
+@pytest.mark.needs_torch
 def test_the_end(exported: Path) -> None:
     from examples.decoding.cache import Decoder
     from examples.generate import generate

@@ -275,6 +275,24 @@ def test_an_adapter_of_ones_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(y, before.numpy(), rtol=0, atol=1e-5)
 
 
+def test_a_layer_that_is_the_graphs_output(tmp_path: Path) -> None:
+    model = _own_model()
+    x = torch.randn(6, 12)
+    expected = model(x).detach().numpy()
+    moe_torch.replace_moe(model, tmp_path / "e.safetensors", adapters=[_OwnAdapter()])
+    moe_torch.export(model, (x,), tmp_path / "model.onnx", input_names=["x"], output_names=["y"])
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    (output,) = graph.output
+    assert output.name == "y"
+    layers = [node for node in graph.node if node.op_type == "MoELayer"]
+    assert all(".moe_" in node.output[0] for node in layers)
+    once = (tmp_path / "model.onnx").read_bytes()
+    moe_torch.finish(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == once
+    session = moe_infer.InferenceSession(tmp_path / "model.onnx", providers=CPU)
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=0, atol=1e-5)
+
+
 def test_registered_adapters_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_infer.torch import adapter
 

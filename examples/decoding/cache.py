@@ -34,17 +34,25 @@ class Decoder:
         model: path of the graph.
         providers: as for :class:`moe_infer.InferenceSession`.
         context: most tokens of prompt and answer; TensorRT builds its engine for up to so many.
+        chunk: most tokens in one run of the graph; a longer prompt is read in several, so that an
+            engine's memory is that of so many tokens and not of the whole context.
 
     Raises:
         ValueError: the graph has no ``input_ids``, no ``logits`` or no cache that is recognised.
     """
 
     def __init__(
-        self, model: Path | str, providers: Sequence[Any] | None = None, context: int = 2048
+        self,
+        model: Path | str,
+        providers: Sequence[Any] | None = None,
+        context: int = 2048,
+        chunk: int = 256,
     ) -> None:
-        self.context = context
+        if context < 1 or chunk < 1:
+            raise ValueError(f"context and chunk must be at least 1, got {context} and {chunk}")
+        self.context, self.chunk = context, min(chunk, context)
         self.session = moe_infer.InferenceSession(
-            model, providers=providers, dims=_ranges(model, context)
+            model, providers=providers, dims=_ranges(model, context, self.chunk)
         )
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.pairs = _pairs(self.session)
@@ -75,6 +83,11 @@ class Decoder:
                 f"{len(tokens)} tokens after {self.length}; at least one is needed, and at most"
                 f" {self.context} in all"
             )
+        for begin in range(0, len(tokens), self.chunk):
+            logits = self._run(tokens[begin : begin + self.chunk])
+        return logits
+
+    def _run(self, tokens: Sequence[int]) -> np.ndarray:
         binding = self.session.io_binding()
         for name, array in self._small(tokens).items():
             binding.bind_ortvalue_input(name, ort_value(array))
@@ -164,11 +177,15 @@ def _empty(value: Any) -> tuple[int, ...]:
     return 1, heads, 0, size
 
 
-def _ranges(model: Path | str, context: int) -> dict[str, tuple[int, int, int]]:
-    """Ranges of the graph's symbolic dimensions: one sequence, up to ``context`` tokens."""
+def _ranges(model: Path | str, context: int, chunk: int) -> dict[str, tuple[int, int, int]]:
+    """Ranges of the graph's symbolic dimensions: one sequence, ``chunk`` tokens after the past.
+
+    The mask's length is the sum of both in each of the three shapes: TensorRT tries them as they
+    are, and one that contradicts the others would end the building of the engine.
+    """
     import onnx
 
-    middle = max(context // 2, 1)
+    middle = context // 2
     ranges: dict[str, tuple[int, int, int]] = {}
     graph = onnx.load(model, load_external_data=False).graph
     held = {tensor.name for tensor in graph.initializer}
@@ -180,11 +197,11 @@ def _ranges(model: Path | str, context: int) -> dict[str, tuple[int, int, int]]:
         if _CACHE.match(value.name) and len(dims) == 4:
             by_axis[2] = (0, middle, context)
         elif value.name == "attention_mask":
-            by_axis[1] = (1, middle, context)
+            by_axis[1] = (1, middle + 1, context + chunk)
         elif value.name == "cache_position":
-            by_axis = {0: (1, 1, context)}
+            by_axis = {0: (1, 1, chunk)}
         else:
-            by_axis[1] = (1, 1, context)
+            by_axis[1] = (1, 1, chunk)
         for axis, symbol in enumerate(dims):
             if symbol.isidentifier() and axis in by_axis:
                 ranges.setdefault(symbol, by_axis[axis])

@@ -18,6 +18,9 @@ from moe_infer.weights import SafetensorsWriter
 _BLOCK_BYTES = 2 << 20
 """Of a packed piece of a matrix."""
 
+_AHEAD_BYTES = 32 << 20
+"""The kernel is told what will be read so far ahead."""
+
 Source = Constant | ConstantStack
 Constants = Mapping[str, Source]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -116,14 +119,21 @@ def _experts(
     count = len(parts)
     # A transposed matrix is read whole: its rows lie scattered.
     block = rows if any(part.transpose for part in parts) else _block_rows(columns, dtype, count)
-    for e in range(match.expert_count):
-        for begin in range(0, rows, block):
-            end = min(begin + block, rows)
-            packed = np.empty(((end - begin) * count, *columns), dtype)
-            for i, part in enumerate(parts):
-                packed[i::count] = _rows(constants[part.constant], part, e, begin, end)
-            yield packed
-            advance(packed.nbytes)
+    blocks = [
+        (e, begin, min(begin + block, rows))
+        for e in range(match.expert_count)
+        for begin in range(0, rows, block)
+    ]
+    ahead = max(1, _AHEAD_BYTES // (block * math.prod(columns) * dtype.itemsize * count))
+    for number, (e, begin, end) in enumerate(blocks):
+        for place in blocks[:ahead] if not number else blocks[number + ahead : number + ahead + 1]:
+            for part in parts:
+                _announce(constants[part.constant], part, *place)
+        packed = np.empty(((end - begin) * count, *columns), dtype)
+        for i, part in enumerate(parts):
+            packed[i::count] = _rows(constants[part.constant], part, e, begin, end)
+        yield packed
+        advance(packed.nbytes)
 
 
 def _block_rows(columns: Sequence[int], dtype: np.dtype[np.generic], parts: int) -> int:
@@ -131,10 +141,20 @@ def _block_rows(columns: Sequence[int], dtype: np.dtype[np.generic], parts: int)
     return max(1, _BLOCK_BYTES // (math.prod(columns) * dtype.itemsize * parts))
 
 
+def _announce(constant: Source, part: Part, expert: int, begin: int, end: int) -> None:
+    """Lets the kernel read what will be needed while other blocks are packed and written."""
+    if not part.transpose:
+        constant.announce(expert, *_span(part, begin, end))
+
+
+def _span(part: Part, begin: int, end: int) -> tuple[int, int]:
+    """Rows of the constant that hold the part's rows ``begin`` to ``end``."""
+    return part.start + begin * part.step, part.start + (end - 1) * part.step + 1
+
+
 def _rows(constant: Source, part: Part, expert: int, begin: int, end: int) -> NDArray[np.generic]:
     """Rows ``begin`` to ``end`` of one part of one expert."""
     if part.transpose:
         matrix: NDArray[np.generic] = constant.entry(expert).T
         return matrix[part.start :: part.step][begin:end]
-    first, last = part.start + begin * part.step, part.start + (end - 1) * part.step + 1
-    return constant.rows(expert, first, last)[:: part.step]
+    return constant.rows(expert, *_span(part, begin, end))[:: part.step]

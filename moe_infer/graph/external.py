@@ -198,6 +198,16 @@ class Constant:
         first = index * math.prod(self.shape[1:]) + begin * row
         return self._elements(first, (end - begin) * row).reshape(-1, *self.shape[2:])
 
+    def announce(self, index: int, begin: int, end: int) -> None:
+        """Says that :meth:`rows` will be asked for these; does not wait for them."""
+        row = math.prod(self.shape[2:])
+        self._announce(index * math.prod(self.shape[1:]) + begin * row, (end - begin) * row)
+
+    def announce_leading(self, begin: int, end: int) -> None:
+        """Says that :meth:`leading` will be asked for these; does not wait for them."""
+        row = math.prod(self.shape[1:])
+        self._announce(begin * row, (end - begin) * row)
+
     def leading(self, begin: int, end: int) -> NDArray[np.generic]:
         """``tensor[begin:end]``; only these bytes are read."""
         row = math.prod(self.shape[1:])
@@ -208,6 +218,14 @@ class Constant:
         if not self.shape or self.shape[0] == 0:
             raise ExternalDataError(f"weight '{self.name}' has shape {list(self.shape)}")
         return self._elements(0, math.prod(self.shape)).reshape(self.shape)
+
+    def _announce(self, first: int, count: int) -> None:
+        if self._range is None or not hasattr(os, "posix_fadvise"):
+            return
+        size = numpy_dtype(self.dtype).itemsize
+        with open(self._range.path, "rb", buffering=0) as file:
+            begin, length = self._range.offset + first * size, count * size
+            os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
 
     def _elements(self, first: int, count: int) -> NDArray[np.generic]:
         """Elements in row-major order."""
@@ -266,6 +284,10 @@ class ConstantStack:
     def rows(self, index: int, begin: int, end: int) -> NDArray[np.generic]:
         """Rows of the tensor of one expert; only these bytes are read."""
         return self._entries[index].leading(begin, end)
+
+    def announce(self, index: int, begin: int, end: int) -> None:
+        """Says that :meth:`rows` will be asked for these; does not wait for them."""
+        self._entries[index].announce_leading(begin, end)
 
     def release(self) -> None:
         """There is nothing to drop."""

@@ -195,7 +195,7 @@ def add_opset(model: onnx.ModelProto) -> None:
 
 
 def rename_value(graph: onnx.GraphProto, types: ValueTypes, old: str, new: str) -> None:
-    """Gives a value of the main graph, no input or output of it, another name everywhere."""
+    """Gives what a node of the main graph makes another name, everywhere but among the outputs."""
     for node in graph.node:
         _rename_input(node, old, new)
         for i, name in enumerate(node.output):
@@ -205,7 +205,8 @@ def rename_value(graph: onnx.GraphProto, types: ValueTypes, old: str, new: str) 
         if info.name == old:
             info.name = new
     if old in types.infos:
-        info = types.infos.pop(old)
+        info = onnx.ValueInfoProto()
+        info.CopyFrom(types.infos[old])
         info.name = new
         types.infos[new] = info
 

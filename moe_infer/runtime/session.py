@@ -175,7 +175,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         run_options: ort.RunOptions | None = None,
     ) -> list[Any]:
         """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
-        self._look({name: np.shape(value) for name, value in input_feed.items()})
+        self._look({name: _shape(value) for name, value in input_feed.items()})
         if not self._taps:
             plain: list[Any] = super().run(output_names, input_feed, run_options)
             return plain
@@ -379,6 +379,10 @@ def _add_native_error(error: Exception, moe_provider: str | None) -> None:
         said = plugin.load().moe_infer_last_error().decode(errors="replace")
         if said and said not in str(error):
             error.args = (f"{error}; the plugin says: {said}", *error.args[1:])
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape()) if isinstance(value, ort.OrtValue) else np.shape(value)
 
 
 def _ranges(

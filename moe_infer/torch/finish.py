@@ -52,8 +52,14 @@ def finish_model(model: onnx.ModelProto, folder: Path | None) -> list[str]:
         node = layer.node
         old = str(node.output[0])
         new = digest_name(old, layer.config)
-        if old != new and old not in outputs:
-            rename_value(model.graph, types, old, new)
         node.name = f"MoELayer.{i}"
+        if old == new:
+            continue
+        rename_value(model.graph, types, old, new)
+        if old in outputs:
+            # The output keeps its name, the node's must carry the digest.
+            model.graph.node.append(
+                onnx.helper.make_node("Identity", [new], [old], f"{node.name}.output")
+            )
     add_opset(model)
     return add_value_info(model, types)
