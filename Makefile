@@ -92,5 +92,5 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.cpu
 
 $(VENV_GPU)/.gpu: pyproject.toml setup.py VERSION
 	sh tools/make_venv.sh $(PYTHON) $(VENV_GPU)
-	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test,torch]' 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
+	$(EDITABLE) $(VENV_GPU)/bin/python $(PIP_INSTALL) -e '.[gpu,test,torch]' 'transformers>=5' 'setuptools>=77' 'meson>=1.1' 'ninja>=1.11'
 	@touch $@

@@ -24,7 +24,7 @@ def bad_end():
     yield
     raise OSError("in the end")
 
-def test_passes(): pass
+def test_passes(record_property): record_property("difference", 0.5)
 def test_fails(): assert 1 == 2, "as it must"
 def test_is_skipped(): pytest.skip("not here")
 def test_ends_badly(bad_end): pass
@@ -75,6 +75,8 @@ def test_each_case_has_its_outcome(runner: gpu_pool.Runner, jobs: int) -> None:
         "exits": "failed",  # with code 0, and without an outcome
         "last": "passed",
     }
+    assert cases[0]["measured"] == {"difference": 0.5}
+    assert all("measured" not in c for c in cases[1:])
     why = {c["test"].split("::test_")[1]: c.get("why", "") for c in cases}
     assert "as it must" in why["fails"]
     assert why["is_skipped"] == "not here"
@@ -154,6 +156,9 @@ def test_stages() -> None:
     assert names([], None, "", tool) == ["layer", "tensorrt", "alone", "memcheck", "racecheck"]
     assert names(["layer"], None, "", tool) == ["layer", "alone"]
     assert names(["sanitizer"], None, "", tool) == ["memcheck", "racecheck"]
+    with_large = ["layer", "tensorrt", "alone", "large", "memcheck", "racecheck"]
+    assert names([], None, "", tool, True) == with_large
+    assert names(["large"], None, "", tool) == ["large"]
     without = gpu_report.stages([], None, "no TensorRT", None)
     assert [s.skipped for s in without if s.name == "tensorrt"] == ["no TensorRT"]
     assert [s.marks for s in without if s.name == "alone"] == ["alone and not engine"]

@@ -2,7 +2,8 @@
 
 One JSON object a line, in the file that MOE_INFER_CASE_LOG names: `collected` (all test ids),
 `uncollected` (a module that could not be read, and why), `begins` (a test's id) and `case` (its
-outcome). So a process that crashes or hangs leaves behind what it did and where it was.
+outcome, and what it recorded with record_property). So a process that crashes or hangs leaves
+behind what it did and where it was.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ class Case:
 
     def __init__(self) -> None:
         self.outcome, self.seconds, self.why = "passed", 0.0, ""
+        self.measured: dict[str, Any] = {}
 
     def add(self, report: pytest.TestReport) -> None:
         self.seconds += report.duration
+        self.measured.update(report.user_properties)
         if report.outcome != "passed" and self.outcome != "failed":
             self.outcome, self.why = report.outcome, reason(report.longrepr)
 
@@ -69,4 +72,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
     record = {"case": nodeid, "outcome": _case.outcome, "seconds": round(_case.seconds, 3)}
-    write({**record, "why": _case.why} if _case.why else record)
+    if _case.why:
+        record["why"] = _case.why
+    if _case.measured:
+        record["measured"] = _case.measured
+    write(record)

@@ -119,9 +119,17 @@ def collect(runner: Runner, words: Sequence[str], name: str = "collect") -> dict
     return {"ids": ids or [], "uncollected": uncollected}
 
 
-def case(test: str, outcome: str, seconds: float = 0.0, why: str = "") -> dict[str, Any]:
+def case(
+    test: str,
+    outcome: str,
+    seconds: float = 0.0,
+    why: str = "",
+    measured: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     made: dict[str, Any] = {"test": test, "outcome": outcome, "seconds": round(seconds, 3)}
-    return {**made, "why": why} if why else made
+    if why:
+        made["why"] = why
+    return {**made, "measured": measured} if measured else made
 
 
 class Share:
@@ -185,6 +193,7 @@ class Share:
                         record["outcome"],
                         record["seconds"],
                         record.get("why", ""),
+                        record.get("measured"),
                     )
                 )
 
@@ -222,8 +231,8 @@ def run(
         case_limit: seconds for one case.
 
     Returns:
-        A case (test, outcome, seconds, why) for each id, in their order, and the processes'
-        outputs.
+        A case (test, outcome, seconds, why, measured) for each id, in their order, and the
+        processes' outputs.
     """
     count = max(1, min(jobs, len(ids)))
     shares = [

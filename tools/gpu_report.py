@@ -4,8 +4,9 @@
     python3 tools/gpu_report.py --library build/libmoe_infer.so --out DIR
 
 The stages: the layer through the C entry, in several processes; engines through TensorRT, the same;
-cases that compare free GPU memory, alone; compute-sanitizer's memcheck and racecheck on the cases
-marked `sanitize`. Needs pytest and PyTorch; no virtual environment of its own, no pytest plugin.
+cases that compare free GPU memory, alone; with --large four layers of models of real sizes;
+compute-sanitizer's memcheck and racecheck on the cases marked `sanitize`. Needs pytest and PyTorch;
+no virtual environment of its own, no pytest plugin.
 
 Exit code: 0 all passed, 1 something failed, 2 nothing could be run, 3 the time was over before all
 had run.
@@ -37,6 +38,8 @@ OUTCOMES = ("passed", "failed", "skipped", "not_run")
 # A process takes about 1 GB of host memory and 0.7 GB of the GPU's; engine builds take more.
 LAYER_JOBS, TENSORRT_JOBS, SANITIZER_JOBS = 8, 5, 4
 NO_TIME = "no time was left"
+# Together the two models need 50 GB of the GPU and 16 GB of disk or shared memory.
+LARGE_JOBS = 2
 # What a tool says at its end, and the text without which it found something.
 SANITIZERS = {
     "memcheck": re.compile(r"ERROR SUMMARY: (?P<found>\d+) errors?"),
@@ -65,7 +68,11 @@ class Stage:
 
 
 def stages(
-    only: Sequence[str], jobs: int | None, why_no_tensorrt: str, sanitizer: Path | None
+    only: Sequence[str],
+    jobs: int | None,
+    why_no_tensorrt: str,
+    sanitizer: Path | None,
+    large: bool = False,
 ) -> list[Stage]:
     """In the order in which they are worth most if the time does not suffice."""
     cores = os.cpu_count() or 1
@@ -76,7 +83,7 @@ def stages(
         marks = "not engine and not alone"
         made.append(Stage("layer", marks, jobs or min(LAYER_JOBS, cores)))
     if engines:
-        marks = "engine and not alone"
+        marks = "engine and not alone and not large"
         count = jobs or min(TENSORRT_JOBS, cores)
         made.append(Stage("tensorrt", marks, count, skipped=why_no_tensorrt))
     with_engines = engines and not why_no_tensorrt
@@ -85,6 +92,8 @@ def stages(
         if not (layer and with_engines):
             marks += " and not engine" if layer else " and engine"
         made.append(Stage("alone", marks))
+    if large or "large" in only:
+        made.append(Stage("large", "large", jobs or LARGE_JOBS, skipped=why_no_tensorrt))
     if not only or "sanitizer" in only:
         missing = "" if sanitizer else "no compute-sanitizer on PATH or under the CUDA prefix"
         for tool in SANITIZERS:
@@ -249,9 +258,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only",
         action="append",
         default=[],
-        choices=("layer", "tensorrt", "sanitizer"),
+        choices=("layer", "tensorrt", "large", "sanitizer"),
         help="these stages alone (may be given more than once)",
     )
+    add("--large", action="store_true", help="also models of real sizes: 50 GB of the GPU")
     add("--select", default="", help="only cases that pytest's -k would choose")
     add("--jobs", type=int, help="most processes at once")
     add("--time-limit", type=float, help="seconds for all; what did not run is in the report")
@@ -269,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {}
     if options.library is not None:
         environment["MOE_INFER_LIBRARY"] = str(options.library.resolve())
+    large = options.large or "large" in options.only
+    if large:
+        environment["MOE_INFER_LARGE"] = "1"
     machine = describe_machine(environment)
     for missing, what in ((not machine["gpus"], "NVIDIA GPU"), (not machine["library"], "plugin")):
         if missing:
@@ -281,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="gpu_report-") as work:
         runner = gpu_pool.Runner(ROOT, Path(work), environment=environment)
-        for stage in stages(options.only, options.jobs, machine["why_no_tensorrt"], sanitizer):
+        why_no_tensorrt = machine["why_no_tensorrt"]
+        for stage in stages(options.only, options.jobs, why_no_tensorrt, sanitizer, large):
             parts.append(run_stage(stage, runner, words, sanitizer, deadline, options.case_limit))
             tell(parts[-1])
             seconds = time.monotonic() - started
