@@ -47,6 +47,22 @@ def test_a_family(tmp_path: Path) -> None:
     assert_close(ran.logits, model_zoo.expected("Mixtral"), "float32")
 
 
+def test_what_counts_as_on_tensorrt() -> None:
+    engine = (gpu_models.TRT, "TRTKernel_0", "TRTKernel_0_kernel_time")
+    rest = (CPU[0], "Gather", "embed_kernel_time")
+    logits = np.zeros(1)
+    gpu_models.Ran(logits, False, 1, [engine, rest]).check_on_tensorrt()
+    alone = (gpu_models.TRT, "MoELayer", "MoELayer.0_kernel_time")
+    for lowered, layers, nodes in (
+        (True, 1, [engine]),
+        (False, 0, [engine]),
+        (False, 1, [rest]),
+        (False, 1, [engine, alone]),
+    ):
+        with pytest.raises(AssertionError):
+            gpu_models.Ran(logits, lowered, layers, nodes).check_on_tensorrt()
+
+
 def test_a_large_model_made_small(tmp_path: Path) -> None:
     model = large_models.make(large_models.SHAPES["Qwen3-30B-A3B"], "cpu", **SMALL)
     inputs = large_models.make_inputs(model)
