@@ -303,6 +303,8 @@ def deflated_size(path: Path) -> None:
         size = archive.infolist()[0].file_size
     local = whole.index(b"\1\0\x10\0") + 4  # the zip64 field, which has 16 bytes
     whole[local : local + 8] = (size + 4).to_bytes(8, "little")
+    if whole[22:26] != b"\xff" * 4:  # Python 3.10 gives the size in both places
+        whole[22:26] = (size + 4).to_bytes(4, "little")
     central = whole.index(b"PK\1\2") + 24
     whole[central : central + 4] = (size + 4).to_bytes(4, "little")
     path.write_bytes(whole)
