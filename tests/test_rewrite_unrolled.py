@@ -17,7 +17,7 @@ from evaluate_graph import run_runtime
 from export_fixtures import recorded, unpack
 from moe_infer.weights import open_weight_file
 
-ROUTERS = {
+ROUTERS = {  # router, experts a token, normalised
     "olmoe-dynamo": ("softmax_topk", 2, 0),
     "olmoe-torchscript": ("softmax_topk", 2, 0),
     "qwen3-moe-optimum": ("softmax_topk", 2, 1),
@@ -56,6 +56,60 @@ def test_every_block_is_found_and_computes_the_same(name: str, tmp_path: Path) -
     for batch, seq in lengths:
         shorter = _feeds(path, inputs["input_ids"][:batch, :seq])
         check_same(path, report.model_path, [shorter])
+
+
+# optimum-onnx's gpt-oss: no loop, but every expert on every token
+
+
+def test_every_expert_on_every_token_is_rewritten(tmp_path: Path) -> None:
+    """Its router flattens the tokens and its output does not, so the output is reshaped."""
+    path = unpack("gpt-oss-optimum", tmp_path)
+    report = moe_infer.rewrite(path, tmp_path / "out")
+    assert len(report.layers) == 1, str(report)
+    (layer,) = report.layers
+    assert layer.family == "stacked"
+    config = layer.config
+    assert (config.expert_sublayer_type, config.expert_bias) == ("Clamped_SwiGLU", 1)
+    assert (config.moe_variant, config.top_k) == ("topk_softmax", 2)
+    assert not report.near_misses
+    assert not report.untyped_values
+    assert report.model_path is not None
+    inputs, logits = recorded("gpt-oss-optimum")
+    feeds = _feeds(path, inputs["input_ids"])
+    (made, *_) = run_lowered(report.model_path, feeds)
+    np.testing.assert_allclose(made, logits, rtol=0, atol=TOLERANCE)
+    shorter = [_feeds(path, inputs["input_ids"][:b, :s]) for b, s in ((1, 1), (2, 5))]
+    check_same(path, report.model_path, [feeds, *shorter])
+    compared = moe_infer.verify(path, report.model_path, inputs=feeds)
+    assert compared, str(compared)
+    assert [layer.difference is not None for layer in compared.layers] == [True]
+
+
+def _weights_added(graph: onnx.GraphProto) -> None:
+    (total,) = [n for n in nodes(graph, "ReduceSum") if "experts" in n.name]
+    next(n for n in graph.node if total.input[0] in n.output).op_type = "Add"
+
+
+def _bias_of_each_row(graph: onnx.GraphProto) -> None:
+    """Two rows of biases for each expert instead of one."""
+    tensor = next(t for t in graph.initializer if list(t.dims) == [4, 1, 16])
+    values = onnx.numpy_helper.to_array(tensor).repeat(2, axis=1)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (_weights_added, "the sum over all experts has no mask of the chosen ones"),
+        (_bias_of_each_row, "are combined as if they were one"),
+    ],
+    ids=["weights added", "a bias for each row"],
+)
+def test_near_misses_of_gpt_oss(
+    edit: Callable[[onnx.GraphProto], None], reason: str, tmp_path: Path
+) -> None:
+    report = refused(edited(unpack("gpt-oss-optimum", tmp_path), tmp_path, edit), tmp_path)
+    assert any(reason in miss.reason for miss in report.near_misses), str(report)
 
 
 def test_a_loop_over_the_chosen_experts_becomes_right_for_every_input(tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ FIXTURES = (
         "optimum",
         {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 8, "norm_topk_prob": True},
     ),
+    Fixture(
+        "gpt-oss-optimum",
+        "GptOss",
+        "optimum",
+        {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
+    ),
     Fixture("mixtral-torchscript", "Mixtral", "torchscript", {"num_local_experts": 4}),
     Fixture(
         "mixtral-torchscript-missing", "Mixtral", "torchscript", {"num_local_experts": 4}, (1, 1)

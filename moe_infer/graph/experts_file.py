@@ -44,7 +44,10 @@ def open_constants(view: GraphView, match: Match) -> dict[str, Source]:
         wanted = tensor.resolve_part_shape(match.d_model, match.hidden_size)
         for name in tensor.parts:
             part = match.parts[name]
-            shape = constants[part.constant].shape
+            constant = constants[part.constant]
+            if isinstance(constant, Constant) and len(constant.shape) > 1 + len(wanted):
+                constant.squeeze()
+            shape = constant.shape
             entry = shape[1:][::-1] if part.transpose else shape[1:]
             rows = len(range(part.start, entry[0], part.step))
             if shape[0] != match.expert_count or entry[1:] != wanted[1:] or rows < wanted[0]:

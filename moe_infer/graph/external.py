@@ -186,6 +186,10 @@ class Constant:
         """Bytes of the whole tensor."""
         return tensor_bytes(self._tensor)
 
+    def squeeze(self) -> None:
+        """Leaves axes of size 1 out of the shape, but for the first."""
+        self.shape = (self.shape[0], *(n for n in self.shape[1:] if n != 1))
+
     def entry(self, index: int) -> NDArray[np.generic]:
         """``tensor[index]``; only these bytes are read."""
         shape = self.shape[1:]

@@ -111,6 +111,8 @@ class Interpreter:
         self.env[hidden_states] = Value((*apart, ("d",)), self.x)
         self.env[logits] = Value((*leading, ("e",)), self.logits)
         self.output_axes = (*leading, ("d",))
+        self.apart_axes = (*apart, ("d",))
+        """The same with each axis of the tokens for itself, as the input may lie."""
 
     def run(self) -> None:
         """Reads every node that follows from the two values, in the graph's order."""
@@ -222,10 +224,13 @@ class Interpreter:
             return Value(axes, algebra.make("vector", (), (name,), ("e",)))
         if len(tensor.dims) < 2 or tensor.dims[0] != experts:
             return None
-        atoms = ["e", *(f"{name}#{i}" for i in range(1, len(tensor.dims)))]
-        self.sizes.update(zip(atoms, tensor.dims, strict=True))
+        dims = [n for n in tensor.dims[1:] if n != 1]
+        atoms = ["e", *(f"{name}#{i + 1}" for i in range(len(dims)))]
+        self.sizes.update(zip(atoms, (experts, *dims), strict=True))
         expr = algebra.make("weight", (), (name,), atoms)
-        return Value(tuple((a,) for a in atoms), expr)
+        # An axis of size 1 is there to be repeated.
+        rest = iter(atoms[1:])
+        return Value((("e",), *((next(rest),) if n != 1 else () for n in tensor.dims[1:])), expr)
 
     def _constant_token_index(self, values: np.ndarray, shape: tuple[int, ...]) -> Value | None:
         # With static shapes the exporter folds the token of each pair into a constant.
@@ -405,10 +410,13 @@ class Interpreter:
         repeats = self.shapes.ints(node.input[1])
         if repeats is None or len(repeats) != len(value.axes):
             raise Opaque("a Tile with repetitions that are not known")
-        for axis, count in zip(value.axes, repeats, strict=True):
-            if axis and count != 1:
+        whole, left = list(value.axes), list(repeats)
+        for i, (axis, count) in enumerate(zip(value.axes, repeats, strict=True)):
+            if axis and count == self.sizes["e"] and "e" not in value.atoms:
+                whole[i], left[i] = ("e", *axis), 1  # all of it for each expert, in their order
+            elif axis and count != 1:
                 raise Opaque(f"a Tile that repeats the axis {axis}")
-        return [self._repeated(value, repeats)]
+        return [self._repeated(Value(tuple(whole), value.expr), left)]
 
     def _repeated(self, value: Value, shape: Sequence[int | None]) -> Value:
         """Repeats axes of size 1 to the sizes given; None: a size that depends on the tokens."""

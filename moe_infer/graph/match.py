@@ -65,6 +65,9 @@ class Match:
     router_bias: str = ""
     """Name of the constant (expert_count) that is added to the scores for choosing."""
 
+    like: str = ""
+    """A value (batch, seq, d_model) whose shape the layer's output (tokens, d_model) takes in the
+    graph; empty: that of the hidden states."""
     kept: str = ""
     """A mask (..., expert_count) of 0 and 1, at most one 1 a token, whose sum over the experts
     multiplies the layer's output: tokens beyond an expert's capacity have none."""

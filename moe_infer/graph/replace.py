@@ -120,6 +120,7 @@ def replace_with_moe_layer(
     types: ValueTypes | None = None,
     copy_shared_weights: bool = False,
     kept: str = "",
+    like: str = "",
 ) -> Replacement:
     """Replaces what lies between ``hidden_states`` (and ``router_logits``) and ``output``.
 
@@ -142,6 +143,8 @@ def replace_with_moe_layer(
         copy_shared_weights: replace although other nodes read a weight; the graph then keeps it.
         kept: name of a mask (..., expert_count) of 0 and 1 whose sum over the experts multiplies
             the output; none by default.
+        like: name of a tensor whose shape ``output`` has, when it is another layout of the tokens;
+            by default ``output`` has that of ``hidden_states``.
 
     Raises:
         ReplaceError: see :func:`check_region`; also when types or shapes do not fit. The model is
@@ -160,7 +163,7 @@ def replace_with_moe_layer(
         router_logits=router_logits,
         copy_shared_weights=copy_shared_weights,
     )
-    check_types(view, hidden_states, output, router_logits, config)
+    check_types(view, hidden_states, output, router_logits, config, like)
     node_name = name or f"{output}.{OP_TYPE}"
     if any(n.name == node_name for n in view.nodes):
         raise ReplaceError(f"'{node_name}'", "a node of this name exists; give another 'name'")
@@ -174,7 +177,7 @@ def replace_with_moe_layer(
         **config.to_attributes(),
     )
     node.metadata_props.add(key=REPLACES, value=output)
-    return _replace(view, region, node, output, kept)
+    return _replace(view, region, node, output, kept, like)
 
 
 def attribute_digest(config: LayerConfig) -> str:
@@ -395,9 +398,22 @@ def _check_weight_uses(view: GraphView, name: str, allowed: Collection[int]) -> 
 
 
 def check_types(
-    view: GraphView, hidden_states: str, output: str, router_logits: str | None, config: LayerConfig
+    view: GraphView,
+    hidden_states: str,
+    output: str,
+    router_logits: str | None,
+    config: LayerConfig,
+    like: str = "",
 ) -> None:
     """Checks that the tensors have the types and shapes that the operator takes.
+
+    Args:
+        view: the graph.
+        hidden_states: see :func:`replace_with_moe_layer`, as the others.
+        output: of the layer.
+        router_logits: or None.
+        config: of the node.
+        like: whose shape the output has.
 
     Raises:
         ReplaceError: names the tensor, what it is and what is needed.
@@ -414,9 +430,10 @@ def check_types(
     if types.element_type(hidden_states) not in _TYPES:
         kind = element_type_name(types.element_type(hidden_states))
         raise ReplaceError(f"'{hidden_states}'", f"its type is {kind}; needed is {_type_names()}")
-    if result is not None and not _may_equal(shape, result):
+    due = types.shape(like) if like else shape
+    if result is not None and (due is None or not _may_equal(due, result)):
         raise ReplaceError(
-            f"'{output}'", f"its shape is {_shape(result)}, that of the input {_shape(shape)}"
+            f"'{output}'", f"its shape is {_shape(result)}, that of the input {_shape(due)}"
         )
     config.check_inputs(shape[-1], router_logits is not None)
     if router_logits is None:
@@ -457,23 +474,38 @@ def _quoted(names: Collection[str]) -> str:
 
 
 def _replace(
-    view: GraphView, region: Region, node: NodeProto, output: str, kept: str
+    view: GraphView, region: Region, node: NodeProto, output: str, kept: str, like: str
 ) -> Replacement:
     model, graph, types = view.model, view.graph, view.types
     added = [node]
     # The block may compute in float32 on a float16 input; MoELayer gives its input's type.
     wanted, given = types.element_type(output), types.element_type(node.input[0])
     replaced = node.output[0]
-    _add_value_info(graph, types, node.output[0], (node.input[0], output), given)
+    shaped = (node.input[0],) if like else (node.input[0], output)
+    _add_value_info(graph, types, node.output[0], shaped, given)
     if kept:
         added += _masked(view, node, kept, given)
         replaced = added[-1].output[0]
         node.metadata_props.add(key=GIVES, value=replaced)
         _add_value_info(graph, types, replaced, (node.input[0], output), given)
+    if like:
+        shape, replaced = f"{node.output[0]}.shape", f"{node.output[0]}.reshaped"
+        added += [
+            helper.make_node("Shape", [like], [shape], f"{node.name}.shape"),
+            helper.make_node(
+                "Reshape", [added[-1].output[0], shape], [replaced], f"{node.name}.reshape"
+            ),
+        ]
+        node.metadata_props.add(key=GIVES, value=replaced)
+        rank = len(types.shape(like) or ())
+        info = helper.make_tensor_value_info(shape, TensorProto.INT64, [rank])
+        graph.value_info.append(info)
+        types.infos[shape] = info
+        _add_value_info(graph, types, replaced, (like, output), given)
     if wanted and wanted != given:
         before, replaced = replaced, f"{node.output[0]}.cast"
         added.append(helper.make_node("Cast", [before], [replaced], f"{node.name}.cast", to=wanted))
-        _add_value_info(graph, types, replaced, (node.input[0], output), wanted)
+        _add_value_info(graph, types, replaced, (like or node.input[0], output), wanted)
     if output in view.graph_outputs:
         added.append(helper.make_node("Identity", [replaced], [output], f"{node.name}.output"))
     else:

@@ -171,7 +171,7 @@ def find_layers(view: GraphView, report: RewriteReport, copy_shared: bool) -> li
             candidate = _with_router_bias(candidate, view)
             config = _checked_config(candidate)
             names = candidate.hidden_states, candidate.output, candidate.router_logits
-            check_types(view, *names, config)
+            check_types(view, *names, config, candidate.like)
             layers.append((candidate, open_constants(view, candidate)))
         except ReplaceError as error:
             report.near_misses.append(_refused(candidate, error.node, error.reason))
@@ -246,6 +246,7 @@ def _replace(
         types=types,
         copy_shared_weights=copy_shared,
         kept=match.kept,
+        like=renamed.get(match.like, match.like),
     )
     renamed[match.output] = done.value
     left |= done.left

@@ -54,6 +54,8 @@ class _Attempt:
 
     wrong_export: bool = False
     recognised: bool = False
+    read: int = 0
+    """Values that could be read."""
 
     def improve(self, rank: tuple[int, int], node: str, reason: str) -> None:
         if rank >= self.rank:
@@ -212,7 +214,7 @@ def _attempt(
         attempt.improve((Stage.ROUTER, 0), describe(anchor), str(reason))
         return attempt
     reader.run()
-    attempt.recognised = reader.recognised
+    attempt.recognised, attempt.read = reader.recognised, len(reader.env)
     anchor_index = view.position[anchor.output[-1]]
     if anchor_index in reader.opaque:
         attempt.improve((Stage.ROUTER, 0), *reader.describe_opaque(anchor_index))
@@ -220,7 +222,7 @@ def _attempt(
     fields: dict[str, Any] = {}
     outputs: list[str] = []
     for name, value in sorted(reader.env.items(), key=lambda i: view.position.get(i[0], -1)):
-        if value.axes != reader.output_axes or name not in view.position:
+        if value.axes not in (reader.output_axes, reader.apart_axes) or name not in view.position:
             continue
         if reader.unfinished(value.expr):
             continue
@@ -231,7 +233,7 @@ def _attempt(
             node = describe(view.nodes[view.position[name]])
             attempt.improve((_stage(value.expr), miss.stage), node, miss.reason)
             continue
-        # The last expression counts, in all its layouts and types.
+        # The last expression counts, in all its types; in the layout of the logits if it has it.
         same = bool(outputs) and value.expr is reader.env[outputs[-1]].expr
         outputs = [*outputs, name] if same else [name]
         fields = found
@@ -243,6 +245,10 @@ def _attempt(
     if not outputs:
         _explain(view, reader, attempt)
         return attempt
+    if any(reader.env[o].axes == reader.output_axes for o in outputs):
+        outputs = [o for o in outputs if reader.env[o].axes == reader.output_axes]
+    else:
+        fields["like"] = hidden
     hidden, output = _ends(view, reader, hidden, logits, outputs)
     fields.update(hidden_states=hidden, router_logits=logits, output=output)
     used = {part.constant for part in fields["parts"].values()}
