@@ -125,6 +125,7 @@ ROWS: tuple[Row, ...] = (
             ("OLMoE", "dynamo", "olmoe-dynamo", _LAYERS["OLMoE"]),
             ("OLMoE", "torchscript", "olmoe-torchscript", _LAYERS["OLMoE"]),
             ("Qwen3-MoE", "optimum-onnx", "qwen3-moe-optimum", _LAYERS["Qwen3-MoE"]),
+            ("gpt-oss", "optimum-onnx", "gpt-oss-optimum", _LAYERS["gpt-oss"]),
             ("Switch", "torchscript", "switch-torchscript", {"top_k": 1}),
         )
     ),
