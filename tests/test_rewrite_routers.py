@@ -293,6 +293,79 @@ def test_the_router_bias_is_that_of_the_graph(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.float32(report.layers[0].config.router_bias), bias)
 
 
+DECOMPOSED = """
+<ir_version: 9, opset_import: ["" : 20]>
+moe (float[b, s, 6] x) => (float[b, s, 6] y)
+<float[6, 4] router, float[4] router_b, float[4, 16, 6] gate_up, float[4, 16] gate_up_b,
+ float[4, 6, 8] down, float[4, 6] down_b>
+{
+  k = Constant <value = int64[1] {2}> ()
+  two = Constant <value = int64[1] {2}> ()
+  three = Constant <value = int64[1] {3}> ()
+  zero = Constant <value = int64[1] {0}> ()
+  one = Constant <value = int64[1] {1}> ()
+  last = Constant <value = int64[1] {-1}> ()
+  end = Constant <value = int64[1] {9223372036854775807}> ()
+  spread = Constant <value = int64[4] {1, 1, 2, 1}> ()
+  top = Constant <value_float = 0.75> ()
+  bottom = Constant <value_float = -0.75> ()
+  alpha = Constant <value_float = 1.702> ()
+  one_f = Constant <value_float = 1.0> ()
+  h = Relu (x)
+  h4 = Unsqueeze (h, two)
+  copies = Expand (h4, spread)
+  column = Unsqueeze (copies, last)
+  scores = MatMul (h, router)
+  logits = Add (scores, router_b)
+  exact = Cast <to = 1> (logits)
+  top_w, top_i = TopK <axis = -1, largest = 1, sorted = 1> (exact, k)
+  back = Cast <to = 1> (top_w)
+  weight = Softmax <axis = -1> (back)
+  w4 = Unsqueeze (weight, last)
+  w5 = Unsqueeze (w4, last)
+  first = Gather <axis = 0> (gate_up, top_i)
+  first_b = Gather <axis = 0> (gate_up_b, top_i)
+  first_b5 = Unsqueeze (first_b, last)
+  second = Gather <axis = 0> (down, top_i)
+  second_b = Gather <axis = 0> (down_b, top_i)
+  second_b5 = Unsqueeze (second_b, last)
+  product = MatMul (first, column)
+  both = Add (product, first_b5)
+  g = Slice (both, zero, end, three, two)
+  gc = Clip (g, , top)
+  u = Slice (both, one, end, three, two)
+  uc = Clip (u, bottom, top)
+  ga = Mul (gc, alpha)
+  sg = Sigmoid (ga)
+  act = Mul (gc, sg)
+  u1 = Add (uc, one_f)
+  hidden = Mul (act, u1)
+  out = MatMul (second, hidden)
+  biased = Add (out, second_b5)
+  weighted = Mul (biased, w5)
+  total = ReduceSum <keepdims = 0> (weighted, two)
+  moe = Squeeze (total, last)
+  y = Add (moe, x)
+}
+"""
+
+
+def test_gpt_oss_as_the_builder_takes_it_apart(tmp_path: Path) -> None:
+    """onnxruntime-genai's graph where a provider lacks the fused operator: five dimensions."""
+    report = _rewrite(block(text=DECOMPOSED), tmp_path)
+    assert len(report.layers) == 1, str(report)
+    config = report.layers[0].config
+    assert config.expert_sublayer_type == "Clamped_SwiGLU"
+    assert (config.moe_variant, config.expert_bias, config.swiglu_limit) == (
+        "topk_softmax",
+        1,
+        0.75,
+    )
+    x = np.random.default_rng(2).standard_normal((2, 5, 6)).astype(np.float32)
+    for inputs in ({"x": x}, {"x": x[:1, :1]}):
+        assert_same_outputs(tmp_path / "in" / "model.onnx", tmp_path / "out" / "model.onnx", inputs)
+
+
 MISSES: dict[str, tuple[str, dict[str, str], str]] = {
     # name: (text, changes, part of the reason)
     "sigmoid with another epsilon": (

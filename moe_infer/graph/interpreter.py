@@ -85,6 +85,8 @@ class Interpreter:
         self.view, self.algebra = view, Algebra()
         self.env: dict[str, Value] = {}
         self.opaque: dict[int, str] = {}
+        self.early = False
+        """Something was repeated while the number of chosen experts was not known."""
         self.top_nodes: dict[Expr, NodeProto] = {}
         self.stacks: dict[str, tuple[str, ...]] = {}
         """Names given to weights that lie apart in the graph, one constant for each expert."""
@@ -116,6 +118,13 @@ class Interpreter:
 
     def run(self) -> None:
         """Reads every node that follows from the two values, in the graph's order."""
+        self._run()
+        if self.early and self.sizes["k"] is not None:
+            # Tokens were repeated before the experts were chosen, and k is known now.
+            self.opaque.clear()
+            self._run()
+
+    def _run(self) -> None:
         heap = sorted({i for name in self.env for i in self.view.users.get(name, ())})
         seen = set(heap)
         for _ in range(self.MOST_NODES):
@@ -432,6 +441,7 @@ class Interpreter:
             elif size is None and i == 0 and not set(self.tokens) & set(value.atoms):
                 axes[i] = self.tokens
             else:
+                self.early |= self.sizes["k"] is None
                 raise Opaque(f"values are repeated to {list(shape)}, along an axis not known")
         return Value(tuple(axes), value.expr)
 
