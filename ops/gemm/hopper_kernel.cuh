@@ -4,7 +4,7 @@
 // B in steps, so a tile of few rows costs what its rows cost, and one design serves few tokens and thousands. A
 // unit of work is 128 weight rows times up to kTokens rows. Three warpgroups: one warp copies both operands into a ring
 // of stages in shared memory (TMA), one warp claims units, and two warpgroups multiply 64 weight rows each, apply bias
-// and activation, and transpose through shared memory, each warp for itself, to store whole 16 bytes.
+// and activation, transpose through shared memory and store whole 16 bytes.
 //
 // kGated: gate and up rows alternate in memory; the copy engine puts 8 gate rows and then their 8 up rows into a
 // stage, whereby a thread's sums hold both (see weights_map in hopper.cu).
@@ -27,8 +27,8 @@ constexpr int kWeightStage = kWeightRows * kRowBytes;
 constexpr int kMultipliers = 2;  // warpgroups
 constexpr int kMultiplierWarps = 4 * kMultipliers;
 constexpr int kThreads = 128 * (1 + kMultipliers);
-constexpr int kStoredRows = 32;                    // rows that the epilogue stores at a time
-constexpr int kStoreBytes = kStoredRows * 16 * 2;  // of a warp: 16 channels of 16 bits
+constexpr int kStoredRows = 32;  // rows that the epilogue stores at a time
+constexpr int kStoreBytes = kStoredRows * kRowBytes;
 
 // What a kernel is given besides the maps of its operands.
 struct Product {
@@ -45,12 +45,13 @@ struct Product {
 };
 
 // kTokens rows of the input at most, in copies of kBoxRows.
-template <int kTokens_, int kBoxRows_, int kStages_, int kCluster_>
+template <int kTokens_, int kBoxRows_, int kStages_, int kStoreBuffers_, int kCluster_>
 struct Tile {
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kBoxRows = kBoxRows_;
+  static constexpr int kStoreBuffers = kStoreBuffers_;
   static constexpr int kTokenStage = kTokens * kRowBytes;
   static_assert(kBoxRows % 8 == 0 && kTokens % kBoxRows == 0, "the swizzle repeats every 8 rows");
 };
@@ -59,7 +60,7 @@ template <class TileT>
 struct SharedStorage {
   alignas(1024) uint8_t weights[TileT::kStages][kWeightStage];
   alignas(1024) uint8_t tokens[TileT::kStages][TileT::kTokenStage];
-  alignas(1024) uint8_t store[kMultiplierWarps][kStoreBytes];
+  alignas(1024) uint8_t store[kMultipliers][TileT::kStoreBuffers][kStoreBytes];
   alignas(16) UnitQueue queue;
   uint64_t full[TileT::kStages];
   uint64_t empty[TileT::kStages];
@@ -199,7 +200,7 @@ class Multiplier {
 
  private:
   static constexpr int kChannels = kGated ? 32 : 64;  // of the output, a warpgroup
-  static constexpr int kChunks = kGated ? 1 : 2;      // of 16 bytes in a row of a warp's store buffer
+  static constexpr int kChunks = kChannels / 8;       // of 16 bytes in a row of the store buffer
 
   // With few columns that cover the rows.
   template <int kN>
@@ -276,10 +277,13 @@ class Multiplier {
     for (int first = 0; first < kN; first += kStoredRows) {
       constexpr int kRows = kN < kStoredRows ? kN : kStoredRows;
       if (first >= unit.rows) break;
-      __syncwarp();  // the rows before have been read
-      to_buffer<kN, kRows>(first, sums);
-      __syncwarp();
-      from_buffer<kRows>(unit, first, first_channel);
+      uint8_t* const buffer = shared_->store[group_][buffer_];
+      // With two buffers the barrier of the round before says that this one has been read.
+      if constexpr (TileT::kStoreBuffers == 1) named_barrier(1 + static_cast<uint32_t>(group_), 128);
+      to_buffer<kN, kRows>(buffer, first, sums);
+      named_barrier(1 + static_cast<uint32_t>(group_), 128);
+      from_buffer<kRows>(buffer, unit, first, first_channel);
+      if constexpr (TileT::kStoreBuffers == 2) buffer_ ^= 1;
     }
   }
 
@@ -350,16 +354,16 @@ class Multiplier {
     }
   }
 
-  // Where chunk `chunk` of row `row` lies in the warp's store buffer: shuffled so that the 8 rows of a matrix lie in
-  // different banks.
-  __device__ uint8_t* place_in_buffer(int32_t row, int32_t chunk) const {
-    uint8_t* const buffer = shared_->store[group_ * 4 + warp_];
-    if constexpr (kGated) return buffer + row * 16;
-    return buffer + row * 32 + (chunk ^ (row / 4 % 2)) * 16;
+  // Where chunk `chunk` of row `row` lies in the store buffer: shuffled so that the 8 rows of a matrix lie in different
+  // banks.
+  __device__ static uint32_t place_in_buffer(int32_t row, int32_t chunk) {
+    if constexpr (kGated) return static_cast<uint32_t>(row * 64 + (chunk ^ (row / 2 % 4)) * 16);
+    return static_cast<uint32_t>(row * 128 + (chunk ^ (row % 8)) * 16);
   }
 
   template <int kN, int kRows>
-  __device__ void to_buffer(int first, float const (&sums)[kN / 2]) const {
+  __device__ void to_buffer(uint8_t* buffer, int first, float const (&sums)[kN / 2]) const {
+    uint32_t const base = shared_address(buffer);
     constexpr int kEights = kRows / 8;  // of rows
     if constexpr (kGated) {
       constexpr int kTogether = kEights >= 4 ? 4 : kEights;
@@ -372,7 +376,7 @@ class Multiplier {
           values[m] = pack_pair<T>(sums[4 * j], sums[4 * j + 1]);
         }
         int32_t const row = (e + lane_ / 8 % kTogether) * 8 + lane_ % 8;
-        store_transposed<kTogether>(shared_address(place_in_buffer(row, 0)), values);
+        store_transposed<kTogether>(base + place_in_buffer(row, warp_), values);
       }
     } else {
       constexpr int kTogether = kEights >= 2 ? 2 : 1;
@@ -387,23 +391,24 @@ class Multiplier {
         }
         int32_t const matrix = lane_ / 8 % (2 * kTogether);
         int32_t const row = (e + matrix / 2) * 8 + lane_ % 8;
-        store_transposed<2 * kTogether>(shared_address(place_in_buffer(row, matrix % 2)), values);
+        store_transposed<2 * kTogether>(base + place_in_buffer(row, 2 * warp_ + matrix % 2), values);
       }
     }
   }
 
   template <int kRows>
-  __device__ void from_buffer(Unit const& unit, int first, int32_t first_channel) const {
+  __device__ void from_buffer(uint8_t const* buffer, Unit const& unit, int first, int32_t first_channel) const {
+    int32_t const thread = warp_ * 32 + lane_;
 #pragma unroll
-    for (int i = 0; i < (kRows * kChunks + 31) / 32; ++i) {
-      int32_t const item = i * 32 + lane_;
+    for (int i = 0; i < (kRows * kChunks + 127) / 128; ++i) {
+      int32_t const item = i * 128 + thread;
       int32_t const row = item / kChunks;
       int32_t const chunk = item % kChunks;
-      int32_t const channel = first_channel + (warp_ * kChunks + chunk) * 8;
+      int32_t const channel = first_channel + chunk * 8;
       if (row < kRows && first + row < unit.rows && channel < product_->channels) {
         auto* const to = static_cast<T*>(product_->output) +
                          static_cast<int64_t>(unit.row + first + row) * product_->channels + channel;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4 const*>(place_in_buffer(row, chunk));
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<uint4 const*>(buffer + place_in_buffer(row, chunk));
       }
     }
   }
@@ -412,6 +417,7 @@ class Multiplier {
   Product const* product_;
   int32_t group_, warp_, lane_, rank_;
   StagePlace<TileT::kStages> place_;
+  uint32_t buffer_ = 0;
   bool waited_ = false;
 };
 

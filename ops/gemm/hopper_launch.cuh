@@ -11,12 +11,12 @@
 namespace moe_infer::hopper {
 
 // Stages fill the shared memory of a multiprocessor.
-template <TileRows kRows, int kStages>
-using TileOf = Tile<static_cast<int>(kRows), box_rows_of(kRows), kStages, cluster_of(kRows)>;
-using Tile32 = TileOf<TileRows::k32, 10>;
-using Tile64 = TileOf<TileRows::k64, 8>;
-using Tile128 = TileOf<TileRows::k128, 6>;
-using Tile288 = TileOf<TileRows::k288, 4>;
+template <TileRows kRows, int kStages, int kStoreBuffers>
+using TileOf = Tile<static_cast<int>(kRows), box_rows_of(kRows), kStages, kStoreBuffers, cluster_of(kRows)>;
+using Tile32 = TileOf<TileRows::k32, 10, 2>;
+using Tile64 = TileOf<TileRows::k64, 8, 2>;
+using Tile128 = TileOf<TileRows::k128, 6, 2>;
+using Tile288 = TileOf<TileRows::k288, 4, 1>;
 
 template <class T, class TileT, bool kGated>
 void launch_tile(Launch const& launch, Product const& product) {
