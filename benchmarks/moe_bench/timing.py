@@ -136,7 +136,11 @@ def measure(contenders: Mapping[str, Contender], budget_s: float = 60.0) -> dict
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``run``, after one run outside of it."""
+    """A CUDA graph of ``run``, after one run outside of it.
+
+    The graph keeps ``run`` alive: what ``run`` holds was allocated outside of the graph, which
+    reads it in every replay.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -146,4 +150,5 @@ def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    graph.captured = run
     return graph

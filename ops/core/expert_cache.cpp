@@ -206,7 +206,12 @@ void ExpertCache::send_pageable(uint8_t* slot) {
   }
 }
 
-void ExpertCache::ready(int32_t slot, cudaStream_t stream) { ready_[static_cast<size_t>(slot)].order_before(stream); }
+void ExpertCache::ready(int32_t slot, cudaStream_t stream) {
+  ready_[static_cast<size_t>(slot)].order_before(stream);
+  // The last reader may run on another stream. used() is about to record its event anew on this one, so what it stands
+  // for so far must come before: else the next fetch into the slot would not wait for that reader.
+  used_[static_cast<size_t>(slot)].order_before(stream);
+}
 
 void ExpertCache::used(int32_t slot, cudaStream_t stream) {
   auto& state = states_[static_cast<size_t>(slot)];
