@@ -18,9 +18,9 @@ from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.apart import ApartInterpreter
 from moe_infer.graph.expression import Expr, is_index
-from moe_infer.graph.families.stacked import search
 from moe_infer.graph.interpreter import Axis, Opaque, Value
 from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, text_attribute
+from moe_infer.graph.search import search
 
 NAME = "grouped"
 

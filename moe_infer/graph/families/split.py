@@ -14,9 +14,9 @@ from onnx import NodeProto, TensorProto
 
 from moe_infer.graph.expression import Expr
 from moe_infer.graph.families.grouped import GroupedInterpreter
-from moe_infer.graph.families.stacked import search
 from moe_infer.graph.interpreter import Axis, Opaque, Value
 from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, describe, text_attribute
+from moe_infer.graph.search import search
 
 NAME = "split"
 

@@ -20,10 +20,10 @@ from onnx import NodeProto
 
 from moe_infer.graph.apart import leaves
 from moe_infer.graph.expression import Expr, factors_of, terms_of
-from moe_infer.graph.families.stacked import search
 from moe_infer.graph.interpreter import Opaque, Value
 from moe_infer.graph.match import GraphView, Match, NearMiss, attribute, describe
 from moe_infer.graph.rows import RowsInterpreter
+from moe_infer.graph.search import search
 
 NAME = "unrolled"
 
