@@ -193,6 +193,31 @@ MATCHING: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"kept = Constant <value = int64[1] {3}>": "kept = Constant <value = int64[1] {1}>"},
         {"n_group": 4, "topk_group": 1},
     ),
+    "the only group": (
+        GROUPED,
+        {
+            "{-1, 4, 2}": "{-1, 1, 8}",
+            "{1, 4, 2}": "{1, 1, 8}",
+            "kept = Constant <value = int64[1] {3}>": "kept = Constant <value = int64[1] {1}>",
+        },
+        {"moe_variant": "sigmoid_topk", "n_group": 1, "top_k": 2},
+    ),
+    "the only group, of which three experts are chosen": (
+        GROUPED,
+        {
+            "{-1, 4, 2}": "{-1, 1, 8}",
+            "{1, 4, 2}": "{1, 1, 8}",
+            "kept = Constant <value = int64[1] {3}>": "kept = Constant <value = int64[1] {1}>",
+            "  k = Constant <value = int64[1] {2}>": "  k = Constant <value = int64[1] {3}>",
+            "pairs = Constant <value = int64[3] {-1, 2, 6}>": (
+                "pairs = Constant <value = int64[3] {-1, 3, 6}>"
+            ),
+            "repeat = Constant <value = int64[3] {1, 2, 1}>": (
+                "repeat = Constant <value = int64[3] {1, 3, 1}>"
+            ),
+        },
+        {"moe_variant": "sigmoid_topk", "n_group": 1, "top_k": 3},
+    ),
     "groups masked by the lowest number": (
         GROUPED,
         {"value_float = -inf": "value_float = -3.4028234663852886e38"},

@@ -165,6 +165,8 @@ class Algebra:
         """``a`` where the condition holds, else ``b``."""
         if condition.op == "not":
             return self.where(condition.args[0], b, a)
+        if condition.op == "const":
+            return a if condition.value else b
         a, b = (self.const(float("-inf")) if _lowest(e) else e for e in (a, b))
         return self.make("where", (condition, a, b))
 

@@ -85,8 +85,6 @@ class Interpreter:
         self.view, self.algebra = view, Algebra()
         self.env: dict[str, Value] = {}
         self.opaque: dict[int, str] = {}
-        self.early = False
-        """Something was repeated while the number of chosen experts was not known."""
         self.top_nodes: dict[Expr, NodeProto] = {}
         self.stacks: dict[str, tuple[str, ...]] = {}
         """Names given to weights that lie apart in the graph, one constant for each expert."""
@@ -116,15 +114,22 @@ class Interpreter:
         self.apart_axes = (*apart, ("d",))
         """The same with each axis of the tokens for itself, as the input may lie."""
 
+    def expect(self, anchor: NodeProto) -> None:
+        """Tells how many experts a TopK chooses, before nodes that stand in front of it are read.
+
+        Tokens may be repeated before the experts are chosen, and with one group of experts the best
+        two of it are looked for, which chooses nothing.
+        """
+        dims = self.view.types.shape(anchor.input[0])
+        if anchor.op_type != "TopK" or len(anchor.input) < 2 or not dims:
+            return
+        count, axis = self._ints(anchor.input[1]), attribute(anchor, "axis", -1)
+        largest = attribute(anchor, "largest", 1) and -len(dims) <= axis < len(dims)
+        if count and count[0] > 1 and largest and dims[axis] == self.sizes["e"]:
+            self.sizes["k"] = count[0]
+
     def run(self) -> None:
         """Reads every node that follows from the two values, in the graph's order."""
-        self._run()
-        if self.early and self.sizes["k"] is not None:
-            # Tokens were repeated before the experts were chosen, and k is known now.
-            self.opaque.clear()
-            self._run()
-
-    def _run(self) -> None:
         heap = sorted({i for name in self.env for i in self.view.users.get(name, ())})
         seen = set(heap)
         for _ in range(self.MOST_NODES):
@@ -441,7 +446,6 @@ class Interpreter:
             elif size is None and i == 0 and not set(self.tokens) & set(value.atoms):
                 axes[i] = self.tokens
             else:
-                self.early |= self.sizes["k"] is None
                 raise Opaque(f"values are repeated to {list(shape)}, along an axis not known")
         return Value(tuple(axes), value.expr)
 
@@ -792,6 +796,9 @@ class Interpreter:
         return [Value(index.axes, self.algebra.at(data.expr, index.expr))]
 
     def _read_scatterelements(self, node: NodeProto) -> list[Value]:
+        only = self._written_everywhere(node)
+        if only is not None:
+            return [only]
         index = self._input(node, 1)
         axis = attribute(node, "axis", 0) % len(index.axes)
         along = index_axis(index.expr)
@@ -819,6 +826,18 @@ class Interpreter:
         if data.axes != axes:
             raise Opaque("a scatter into something that has no value for each expert")
         return [Value(axes, self.algebra.where(hot, written, data.expr))]
+
+    def _written_everywhere(self, node: NodeProto) -> Value | None:
+        """One number scattered along an axis of one place: the mask of the only group."""
+        data, index = (self.view.types.shape(node.input[i]) for i in (0, 1))
+        axis, number = attribute(node, "axis", 0), self._filled(node.input[2])
+        if not data or number is None or data != index or None in data:
+            return None
+        if not -len(data) <= axis < len(data) or data[axis] != 1:
+            return None
+        if text_attribute(node, "reduction", "none") != "none":
+            return None
+        return Value(((),) * len(data), self.algebra.const(number))
 
     def _zeros(self, name: str) -> bool:
         return self._filled(name) == 0

@@ -14,18 +14,24 @@ _CONDITIONS = ("greater", "one_hot", "not", "nonzero")
 class RoutingInterpreter(Interpreter):
     """Adds conditions, masks and the joining of choices."""
 
+    DEMANDED = (*Interpreter.DEMANDED, "Not", "ScatterElements")
+
     def _read_cast(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
         if attribute(node, "to", 0) != TensorProto.BOOL:
             return super()._read_cast(node)
         if value.expr.op in _CONDITIONS:
             return [value]
+        if value.expr.op == "const":
+            return [Value(value.axes, self.algebra.const(float(value.expr.value != 0)))]
         return [Value(value.axes, self.algebra.make("nonzero", (value.expr,)))]
 
     def _read_not(self, node: NodeProto) -> list[Value]:
         value = self._input(node, 0)
         if value.expr.op == "not":
             return [Value(value.axes, value.expr.args[0])]
+        if value.expr.op == "const":
+            return [Value(value.axes, self.algebra.const(float(not value.expr.value)))]
         return [Value(value.axes, self.algebra.make("not", (value.expr,)))]
 
     def _read_greater(self, node: NodeProto) -> list[Value]:

@@ -202,6 +202,7 @@ def _attempt(
     except Opaque as reason:
         attempt.improve((Stage.ROUTER, 0), describe(anchor), str(reason))
         return attempt
+    reader.expect(anchor)
     reader.run()
     attempt.recognised, attempt.read = reader.recognised, len(reader.env)
     anchor_index = view.position[anchor.output[-1]]
