@@ -4,11 +4,9 @@
 
 Makes a decoder-like graph with float16 weights in external data (layers of Mixtral's form, 8
 experts of 4096 x 14336, gate and up in one tensor as transformers writes them) and rewrites it in a
-process of its own. Before, the whole data file is copied, plainly, 16 MiB at a time; after, and
-every few seconds in between, while the rewrite is stopped and what it wrote so far is on the disk,
-a part of it: the speed of a disk that others use changes by the minute, and many disks are faster
-for the first gigabytes. All are timed until their bytes are on the disk, and read a file that is
-out of the page cache. It needs twice the model's size of free disk and removes what it wrote.
+process of its own. Before and after, the whole data file is copied, plainly, 16 MiB at a time. All
+are timed until their bytes are on the disk, and read a file that is out of the page cache. It needs
+twice the model's size of free disk and removes what it wrote.
 
 The exit code is 1 if the peak memory is above 2 GB and the largest tensor, or the speed is below
 0.7 of the copy's.
@@ -22,7 +20,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,10 +38,6 @@ EXPERTS, D_MODEL, HIDDEN, VOCABULARY = 8, 4096, 14336, 32000
 CHUNK = 16 << 20
 MOST_MEMORY = 2e9
 LEAST_SPEED = 0.7
-COPIED = 1e9
-"""Bytes of each plain copy but the first."""
-SLICE = 15.0
-"""Seconds of rewriting between two copies."""
 
 HEAD = """
 <ir_version: 9, opset_import: ["" : 20]>
@@ -145,42 +138,19 @@ def forget(path: Path) -> None:
     os.close(descriptor)
 
 
-class Copies:
-    """Plain copies of parts of a file, one part after the other.
-
-    Attributes:
-        done: bytes and seconds of each copy, until its bytes were on the disk.
-    """
-
-    def __init__(self, source: Path, target: Path) -> None:
-        self.source, self.target = source, target
-        self.done: list[tuple[int, float]] = []
-        self._position = 0
-
-    def run(self, most: float = COPIED) -> float:
-        """Copies the next part; returns the seconds that all of it took."""
-        began = time.perf_counter()
-        forget(self.source)
-        started = time.perf_counter()
-        size = 0
-        with open(self.source, "rb", buffering=0) as reader:
-            reader.seek(self._position)
-            with open(self.target, "wb", buffering=0) as writer:
-                while size < most and (chunk := reader.read(CHUNK)):
-                    writer.write(chunk)
-                    size += len(chunk)
-                os.fsync(writer.fileno())
-        self.done.append((size, time.perf_counter() - started))
-        self._position += size
-        if self._position + COPIED > self.source.stat().st_size:
-            self._position = 0
-        self.target.unlink()
-        return time.perf_counter() - began
-
-    @property
-    def speed(self) -> float:
-        """Bytes a second over all copies."""
-        return sum(size for size, _ in self.done) / sum(seconds for _, seconds in self.done)
+def copy(source: Path, target: Path) -> tuple[int, float]:
+    """Bytes and seconds of a plain copy, until its bytes are on the disk."""
+    forget(source)
+    started = time.perf_counter()
+    size = 0
+    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
+        while chunk := reader.read(CHUNK):
+            writer.write(chunk)
+            size += len(chunk)
+        os.fsync(writer.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return size, seconds
 
 
 REWRITE = """
@@ -197,39 +167,17 @@ print(json.dumps({"seconds": seconds, "layers": len(report.layers), "before": be
 """
 
 
-def rewrite(source: Path, target: Path, copies: Copies) -> dict[str, Any]:
-    """Rewrites in a process of its own, whose peak memory is thus the rewrite's.
-
-    The time of the copies in between is taken off; that of bringing what was written to the disk
-    before each is not.
-    """
+def rewrite(source: Path, target: Path) -> dict[str, Any]:
+    """Rewrites in a process of its own, whose peak memory is thus the rewrite's."""
     forget(source.with_name("model.onnx.data"))
-    child = subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-c", REWRITE, str(source), str(target)],
         stdout=subprocess.PIPE,
         text=True,
+        check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    copied = 0.0
-    try:
-        while True:
-            try:
-                child.wait(SLICE)
-                break
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGSTOP)
-                for path in target.glob(".*.partial"):
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-                copied += copies.run()
-                child.send_signal(signal.SIGCONT)
-        output, _ = child.communicate()
-    finally:
-        child.kill()
-    if child.returncode:
-        raise RuntimeError(f"the rewrite ended with {child.returncode}")
-    told: dict[str, Any] = json.loads(output)
-    told["seconds"] -= copied
+    told: dict[str, Any] = json.loads(done.stdout)
     return told
 
 
@@ -241,17 +189,16 @@ def measure(folder: Path, gigabytes: float) -> dict[str, Any]:
     layers, size, largest = make_model(source, gigabytes)
     print(f"{layers} layers, {size / 1e9:.1f} GB, made in {time.perf_counter() - started:.0f} s")
     data = source / "model.onnx.data"
-    copies = Copies(data, folder / "copy")
-    copies.run(size)
-    print(f"copy: {copies.speed / 1e9:.2f} GB/s")
-    told = rewrite(source / "model.onnx", target, copies)
+    copies = [copy(data, folder / "copy")]
+    print(f"copy: {_speed(copies) / 1e9:.2f} GB/s")
+    told = rewrite(source / "model.onnx", target)
     written = sum(path.stat().st_size for path in target.iterdir())
     if told["layers"] != layers or written < size:
         raise RuntimeError(f"{told['layers']} of {layers} layers, {written} of {size} bytes")
     print(f"rewrite: {size / told['seconds'] / 1e9:.2f} GB/s, peak {told['peak'] / 1e9:.2f} GB")
     shutil.rmtree(target)
-    copies.run()
-    print(f"{len(copies.done)} copies: {copies.speed / 1e9:.2f} GB/s")
+    copies.append(copy(data, folder / "copy"))
+    print(f"copy: {_speed(copies[1:]) / 1e9:.2f} GB/s")
     speed = size / told["seconds"]
     return {
         "model": {
@@ -268,15 +215,20 @@ def measure(folder: Path, gigabytes: float) -> dict[str, Any]:
             "memory_before_bytes": told["before"],
         },
         "copy": {
-            "bytes_per_second": copies.speed,
+            "bytes_per_second": _speed(copies),
             "each": [
-                {"bytes": done, "bytes_per_second": done / seconds} for done, seconds in copies.done
+                {"bytes": done, "bytes_per_second": done / seconds} for done, seconds in copies
             ],
         },
-        "speed_of_copy": speed / copies.speed,
+        "speed_of_copy": speed / _speed(copies),
         "memory_allowed_bytes": MOST_MEMORY + largest,
-        "within": told["peak"] <= MOST_MEMORY + largest and speed >= LEAST_SPEED * copies.speed,
+        "within": told["peak"] <= MOST_MEMORY + largest and speed >= LEAST_SPEED * _speed(copies),
     }
+
+
+def _speed(copies: list[tuple[int, float]]) -> float:
+    """Bytes a second over all of them."""
+    return sum(size for size, _ in copies) / sum(seconds for _, seconds in copies)
 
 
 def main() -> int:

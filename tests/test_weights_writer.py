@@ -179,7 +179,7 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["safetensors", "npz"])
 def test_memory_is_that_of_one_piece(form: str, tmp_path: Path) -> None:
-    pieces, size = 32, 1 << 20  # 32 pieces of 4 MiB
+    pieces, size = 8, 1 << 22  # 8 pieces of 16 MiB
     path = tmp_path / f"w.{form}"
 
     def source() -> Iterator[np.ndarray]:
@@ -199,6 +199,35 @@ def test_memory_is_that_of_one_piece(form: str, tmp_path: Path) -> None:
     assert path.stat().st_size > pieces * 4 * size
     # The generator makes the next piece while the last is still referred to.
     assert peak < 3 * 4 * size
+
+
+def test_an_error_of_the_disk_is_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing is in another thread; what it raises ends the block, and nothing is left."""
+    path = tmp_path / "w.safetensors"
+
+    class Full:
+        def __init__(self, file: object) -> None:
+            self.file, self.count = file, 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def write(self, data: bytes) -> int:
+            self.count += 1
+            if self.count == 4:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+    with (
+        pytest.raises(OSError, match="No space left"),
+        SafetensorsWriter(path, {"a": ("float32", (8, 1 << 20))}) as writer,
+    ):
+        assert writer._output is not None
+        monkeypatch.setattr(writer._output, "file", Full(writer._output.file))
+        writer.write("a", (np.full(1 << 20, i, np.float32) for i in range(8)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_runs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from moe_infer.graph.match import GraphView, Match, Part
 from moe_infer.op import ExpertTensor
 from moe_infer.weights import SafetensorsWriter
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 4 << 20
 """Of a packed piece of a matrix."""
 
 _AHEAD_BYTES = 32 << 20

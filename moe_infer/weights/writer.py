@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from moe_infer.weights.safetensors_file import CONTENT_KEY, content_digest, data
 from moe_infer.weights.safetensors_header import build_header, parse_header
 
 _CHUNK = 1 << 24
+_MOST_WAITING = 1 << 23
 _NO_DIGEST = "0" * 64
 
 
@@ -79,7 +81,7 @@ class SafetensorsWriter:
             name: one of the announced names.
             data: the tensor, in the announced type and shape; or pieces of it, one after another
                 in row-major order (one for each expert of a stacked tensor, say), of any shapes.
-                A piece must not be changed afterwards: it is hashed while the next are made.
+                A piece must not be changed afterwards: it is written while the next are made.
 
         Raises:
             WeightFileError: an unknown name, a second time, another type, shape or size.
@@ -99,21 +101,20 @@ class SafetensorsWriter:
             data = (data,)
         self._output.file.seek(info.offset)
         done = 0
-        with _Hasher() as hasher:
+        with _Sink(self._output.file) as sink:
             for piece in data:
                 done += piece.nbytes
                 if done > info.nbytes:
                     break
                 for chunk in _chunks(str(self.path), name, piece, info.dtype):
-                    hasher.update(chunk)
-                    self._output.file.write(chunk)
+                    sink.put(chunk)
         if done != info.nbytes:
             count = f"over {info.nbytes}" if done > info.nbytes else f"only {done}"
             raise WeightFileError(
                 f"{self.path}: {count} bytes were given for tensor {shown(name)}; shape"
                 f" {info.shape} of {info.dtype} needs {info.nbytes}; give all pieces, once"
             )
-        self._digests[name] = hasher.digest
+        self._digests[name] = sink.digest
 
     def __exit__(
         self,
@@ -151,31 +152,48 @@ class SafetensorsWriter:
         self._output.file.write(len(self._header).to_bytes(8, "little") + self._header)
 
 
-class _Hasher:
-    """SHA-256 in a thread, while the next bytes are read and written: it takes as long as these.
+class _Sink:
+    """Writes and hashes chunks in a thread each, while the next are made: all three take as long.
 
-    At most one chunk waits beside the one that is hashed, so that no more memory is held.
+    One chunk waits, or several of together at most 8 MiB, so that no more memory is held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._hash = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, "sha256")
-        self._last: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._hasher = ThreadPoolExecutor(1, "sha256")
+        self._waiting: deque[tuple[int, Future[int], Future[None]]] = deque()
         self.digest = b""
         """Once the block has ended without an error."""
 
-    def update(self, chunk: memoryview) -> None:
-        """The chunk must not change until the block has ended."""
-        before, self._last = self._last, self._pool.submit(self._hash.update, chunk)
-        if before is not None:
-            before.result()
+    def put(self, chunk: memoryview) -> None:
+        """The chunk must not change until the block has ended.
 
-    def __enter__(self) -> _Hasher:
+        Raises:
+            OSError: an earlier chunk could not be written.
+        """
+        write = self._writer.submit(self._file.write, chunk)
+        self._waiting.append((len(chunk), write, self._hasher.submit(self._hash.update, chunk)))
+        while len(self._waiting) > 1 and sum(n for n, _, _ in self._waiting) > _MOST_WAITING:
+            self._wait()
+
+    def __enter__(self) -> _Sink:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self.digest = self._hash.digest()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._wait()
+            self.digest = self._hash.digest()
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+            self._hasher.shutdown(cancel_futures=True)
+
+    def _wait(self) -> None:
+        _, write, update = self._waiting.popleft()
+        write.result()
+        update.result()
 
 
 def write_npz(
