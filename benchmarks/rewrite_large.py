@@ -157,13 +157,19 @@ REWRITE = """
 import json, resource, sys, time
 import moe_infer
 from moe_infer.graph.rewrite import rewrite
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    # Not ru_maxrss, which begins with that of the process that started this one.
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+before = peak()
 started = time.perf_counter()
 report = rewrite(sys.argv[1], sys.argv[2], progress=False)
 seconds = time.perf_counter() - started
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"seconds": seconds, "layers": len(report.layers), "before": before * 1024,
-    "peak": usage.ru_maxrss * 1024, "cpu_seconds": usage.ru_utime + usage.ru_stime}))
+print(json.dumps({"seconds": seconds, "layers": len(report.layers), "before": before,
+    "peak": peak(), "cpu_seconds": usage.ru_utime + usage.ru_stime}))
 """
 
 
