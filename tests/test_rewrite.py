@@ -35,6 +35,8 @@ def _check_same(folder: Path, counts: tuple[int, ...] = (1, 3, 0, 7)) -> None:
         assert_same_outputs(original, made, tokens(count))
 
 
+CHOSEN = "chosen = Reshape (top_i, last)"
+
 MATCHING: dict[str, dict[str, str]] = {
     "as it is": {},
     "division written as a product with the reciprocal": {
@@ -71,6 +73,39 @@ MATCHING: dict[str, dict[str, str]] = {
         "  u3 = MatMul (ups, xc)\n  u = Squeeze (u3, last)\n": "",
         "hidden = Mul (act, u)": "hidden = Identity (act)",
         "float[4, 8, 6] gate, float[4, 8, 6] up,": "float[4, 8, 6] gate,",
+    },
+    "numbers of the chosen clipped to those of experts": {
+        CHOSEN: (
+            "zero = Constant <value = int64 {0}> ()\n  three = Constant <value = int64 {3}> ()\n"
+            "  flat = Reshape (top_i, last)\n  chosen = Clip (flat, zero, three)"
+        )
+    },
+    "numbers of the chosen clipped from above only, as int32": {
+        CHOSEN: (
+            "nine = Constant <value = int32 {9}> ()\n  flat = Reshape (top_i, last)\n"
+            "  small = Cast <to = 6> (flat)\n  chosen = Clip (small, , nine)"
+        )
+    },
+    "numbers of the chosen between Max and Min": {
+        CHOSEN: (
+            "zero = Constant <value = int64 {0}> ()\n  three = Constant <value = int64 {3}> ()\n"
+            "  low = Max (top_i, zero)\n  between = Min (three, low)\n"
+            "  chosen = Reshape (between, last)"
+        )
+    },
+    "numbers of the chosen counted from the end where negative": {
+        CHOSEN: (
+            "zero = Constant <value = int64 {0}> ()\n  four = Constant <value = int64 {4}> ()\n"
+            "  flat = Reshape (top_i, last)\n  negative = Less (flat, zero)\n"
+            "  raised = Add (flat, four)\n  chosen = Where (negative, raised, flat)"
+        )
+    },
+    "weights of experts beyond the last set to zero": {
+        "  weight = Div (top_w, total)\n": (
+            "  four = Constant <value = int64 {4}> ()\n  none = Constant <value = float {0}> ()\n"
+            "  beyond = GreaterOrEqual (top_i, four)\n  share = Div (top_w, total)\n"
+            "  weight = Where (beyond, none, share)\n"
+        )
     },
     "softmax after top-k": {
         "(probabilities, k)": "(logits, k)",
@@ -136,6 +171,49 @@ MISSES: dict[str, tuple[dict[str, str], str, str]] = {
         },
         "Gather -> gates",
         "not that of the experts",
+    ),
+    "the last expert clipped away": (
+        {
+            CHOSEN: (
+                "zero = Constant <value = int64 {0}> ()\n  two = Constant <value = int64 {2}> ()\n"
+                "  flat = Reshape (top_i, last)\n  chosen = Clip (flat, zero, two)"
+            )
+        },
+        "Clip -> chosen",
+        "the numbers of the chosen, 0 to 3, are clipped to [0, 2]",
+    ),
+    "the first expert raised away": (
+        {
+            CHOSEN: (
+                "first = Constant <value = int64 {1}> ()\n  flat = Reshape (top_i, last)\n"
+                "  chosen = Max (flat, first)"
+            )
+        },
+        "Max -> chosen",
+        "are clipped to [1, inf]",
+    ),
+    "numbers below 1 counted from the end": (
+        {
+            CHOSEN: (
+                "first = Constant <value = int64 {1}> ()\n  two = Constant <value = int64 {2}> ()\n"
+                "  flat = Reshape (top_i, last)\n  small = Less (flat, first)\n"
+                "  raised = Add (flat, two)\n  chosen = Where (small, raised, flat)"
+            )
+        },
+        "Gather -> gates",
+        "neither the chosen expert nor the token",
+    ),
+    "weights of the last expert set to zero": (
+        {
+            "  weight = Div (top_w, total)\n": (
+                "  three = Constant <value = int64 {3}> ()\n"
+                "  none = Constant <value = float {0}> ()\n"
+                "  beyond = GreaterOrEqual (top_i, three)\n  share = Div (top_w, total)\n"
+                "  weight = Where (beyond, none, share)\n"
+            )
+        },
+        "GreaterOrEqual -> beyond",
+        "GreaterOrEqual of these values",
     ),
     "unknown activation": ({"Sigmoid (g)": "Tanh (g)"}, "ReduceSum -> moe", "activation"),
     "gate squared": (

@@ -583,7 +583,30 @@ class Interpreter:
                 raise Opaque("a Clip between bounds that are not constant")
             bounds.append(float(bound.ravel()[0]))
         value = self._input(node, 0)
-        return [Value(value.axes, self.algebra.clip(value.expr, *bounds))]
+        return [Value(value.axes, self._clip(value.expr, bounds[0], bounds[1]))]
+
+    def _clip(self, expr: Expr, low: float, high: float) -> Expr:
+        """``expr`` between two numbers; the number of a choice must stay what it is."""
+        last = self._last(expr)
+        if last is None:
+            return self.algebra.clip(expr, low, high)
+        # transformers clamps them, for experts that lie on other devices have larger numbers.
+        if low <= 0 and high >= last:
+            return expr
+        raise Opaque(
+            f"the numbers of the chosen, 0 to {last}, are clipped to [{low:g}, {high:g}], which"
+            " makes others of some"
+        )
+
+    def _last(self, expr: Expr) -> int | None:
+        """The largest number that an index found by top-k can have; None for other expressions.
+
+        Its smallest is 0: TopK and ArgMax count from the start.
+        """
+        if expr.op != "top_index" and not is_index(expr):
+            return None
+        size = self.sizes.get(index_axis(expr) if expr.op == "top_index" else "e")
+        return None if size is None else size - 1
 
     def _read_gelu(self, node: NodeProto) -> list[Value]:
         tanh = text_attribute(node, "approximate", "none") == "tanh"

@@ -35,10 +35,31 @@ class RoutingInterpreter(Interpreter):
         return [Value(value.axes, self.algebra.make("not", (value.expr,)))]
 
     def _read_greater(self, node: NodeProto) -> list[Value]:
-        return self._elementwise(node, lambda v: self.algebra.make("greater", v))
+        return self._elementwise(node, lambda v: self._greater(v[0], v[1]))
 
     def _read_less(self, node: NodeProto) -> list[Value]:
-        return self._elementwise(node, lambda v: self.algebra.make("greater", v[::-1]))
+        return self._elementwise(node, lambda v: self._greater(v[1], v[0]))
+
+    def _read_greaterorequal(self, node: NodeProto) -> list[Value]:
+        def not_less(v: list[Expr]) -> Expr | None:
+            less = self._greater(v[1], v[0])
+            return self.algebra.const(1 - less.value) if less.op == "const" else None
+
+        return self._elementwise(node, not_less)
+
+    def _greater(self, a: Expr, b: Expr) -> Expr:
+        """Whether ``a`` is greater; of a choice's number and a constant it may be known.
+
+        Exporters add the size to negative numbers, and set aside those beyond the last: choices by
+        top-k are neither.
+        """
+        last = self._last(a)
+        if last is not None and b.op == "const" and (b.value < 0 or b.value >= last):
+            return self.algebra.const(float(b.value < 0))
+        last = self._last(b)
+        if last is not None and a.op == "const" and (a.value <= 0 or a.value > last):
+            return self.algebra.const(float(a.value > last))
+        return self.algebra.make("greater", (a, b))
 
     def _read_abs(self, node: NodeProto) -> list[Value]:
         return self._elementwise(node, lambda v: self.algebra.make("abs", v))
@@ -50,7 +71,7 @@ class RoutingInterpreter(Interpreter):
         numbers = [v.value for v in values if v.op == "const"]
         rest = [v for v in values if v.op != "const"]
         if numbers and len(rest) == 1:
-            return self.algebra.clip(rest[0], max(numbers), float("inf"))
+            return self._clip(rest[0], max(numbers), float("inf"))
         return self.algebra.largest(values)
 
     def _read_min(self, node: NodeProto) -> list[Value]:
@@ -59,7 +80,7 @@ class RoutingInterpreter(Interpreter):
             rest = [v for v in values if v.op != "const"]
             if not numbers or len(rest) != 1:
                 return None
-            return self.algebra.clip(rest[0], float("-inf"), min(numbers))
+            return self._clip(rest[0], float("-inf"), min(numbers))
 
         return self._elementwise(node, smallest)
 
