@@ -2,7 +2,7 @@
 //
 // A fetch enqueues copies on the cache's own copy stream; parts that the file holds in another type or row order go
 // through a staging buffer on the device and a kernel on the pack stream. Three events keep the order: `used` of a slot
-// (its last reader is done) before the copies into it, `ready` of a slot (all of it is there) before its readers, and
+// (its readers are done) before the copies into it, `ready` of a slot (all of it is there) before its readers, and
 // one for each half of the staging buffer. Nothing waits on the host, except for weights that are not pinned
 // (host_ring.h).
 #pragma once
