@@ -63,10 +63,10 @@ class Multiplier {
     float sums[kN / 2] = {};
     uint32_t previous = 0;
     for (int32_t step = 0; step < product_->k_steps; ++step) {
-      barrier_wait(&shared_->full[place_.stage], place_.phase);
+      barrier_wait(&shared_->full[place_.index], place_.phase);
       uint64_t const a =
-          descriptor(shared_address(shared_->weights[place_.stage]) + static_cast<uint32_t>(group_) * 64 * kRowBytes);
-      uint64_t const b = descriptor(shared_address(shared_->tokens[place_.stage]));
+          descriptor(shared_address(shared_->weights[place_.index]) + static_cast<uint32_t>(group_) * 64 * kRowBytes);
+      uint64_t const b = descriptor(shared_address(shared_->tokens[place_.index]));
       hold(sums);
       mma_begin();
 #pragma unroll
@@ -79,7 +79,7 @@ class Multiplier {
         mma_wait<1>();
         release(previous);
       }
-      previous = place_.stage;
+      previous = place_.index;
       place_.next();
     }
     mma_wait<0>();
@@ -258,7 +258,7 @@ class Multiplier {
   SharedStorage<TileT>* shared_;
   Product const* product_;
   int32_t group_, warp_, lane_, rank_;
-  StagePlace<TileT::kStages> place_;
+  RingPlace<TileT::kStages> place_;
   uint32_t buffer_ = 0;
   bool waited_ = false;
 };

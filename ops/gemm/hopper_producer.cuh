@@ -57,7 +57,7 @@ class Producer {
   }
 
   __device__ void copy_weights(Unit const& unit, int32_t step) {
-    uint32_t const stage = weights_place_.stage;
+    uint32_t const stage = weights_place_.index;
     barrier_wait(&shared_->empty[stage], weights_place_.phase ^ 1);
     uint64_t* const full = &shared_->full[stage];
     barrier_arrive_expect(full, static_cast<uint32_t>(kWeightStage + boxes_of(unit) * TileT::kBoxRows * kRowBytes));
@@ -73,7 +73,7 @@ class Producer {
   }
 
   __device__ void copy_tokens(Unit const& unit, int32_t step) {
-    uint32_t const stage = tokens_place_.stage;
+    uint32_t const stage = tokens_place_.index;
     uint64_t* const full = &shared_->full[stage];
     for (int32_t box = static_cast<int32_t>(rank_); box < boxes_of(unit); box += TileT::kCluster) {
       uint8_t* const to = shared_->tokens[stage] + box * TileT::kBoxRows * kRowBytes;
@@ -92,7 +92,7 @@ class Producer {
   CUtensorMap const* tokens_;
   Product const* product_;
   uint32_t rank_;
-  StagePlace<TileT::kStages> weights_place_, tokens_place_;
+  RingPlace<TileT::kStages> weights_place_, tokens_place_;
 };
 
 }  // namespace moe_infer::hopper

@@ -60,17 +60,4 @@ struct SharedStorage {
 template <class TileT>
 constexpr size_t kSharedBytes = sizeof(SharedStorage<TileT>) + 1024;  // the address may have to be rounded up
 
-// A place in the ring of stages.
-template <int kStages>
-struct StagePlace {
-  uint32_t stage = 0;
-  uint32_t phase = 0;
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 }  // namespace moe_infer::hopper

@@ -36,27 +36,29 @@ struct UnitQueue {
   }
 };
 
-// A reader's or the writer's place in the queue.
-struct QueuePlace {
-  uint32_t slot = 0;
+// A place in a ring of kCount buffers, each with barriers whose phases alternate.
+template <int kCount>
+struct RingPlace {
+  uint32_t index = 0;
   uint32_t phase = 0;
   __device__ void next() {
-    if (++slot == kQueueDepth) {
-      slot = 0;
+    if (++index == kCount) {
+      index = 0;
       phase ^= 1;
     }
   }
 };
+using QueuePlace = RingPlace<kQueueDepth>;
 
 // Waits for the next unit.
 template <int kCluster>
 __device__ inline Unit read_unit(UnitQueue* queue, QueuePlace const& place) {
   if constexpr (kCluster == 1) {
-    barrier_wait(&queue->full[place.slot], place.phase);
+    barrier_wait(&queue->full[place.index], place.phase);
   } else {
-    barrier_wait_cluster(&queue->full[place.slot], place.phase);
+    barrier_wait_cluster(&queue->full[place.index], place.phase);
   }
-  return queue->units[place.slot];
+  return queue->units[place.index];
 }
 
 // A warp takes the next unit.
@@ -64,7 +66,7 @@ template <int kCluster>
 __device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
   Unit const unit = read_unit<kCluster>(queue, *place);
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive_at(&queue->empty[place->slot], 0);
+  if (threadIdx.x % 32 == 0) barrier_arrive_at(&queue->empty[place->index], 0);
   place->next();
   return unit;
 }
@@ -73,7 +75,7 @@ __device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
 template <int kCluster>
 __device__ inline Unit take_unit_alone(UnitQueue* queue, QueuePlace* place) {
   Unit const unit = read_unit<kCluster>(queue, *place);
-  barrier_arrive_at(&queue->empty[place->slot], 0);
+  barrier_arrive_at(&queue->empty[place->index], 0);
   place->next();
   return unit;
 }
@@ -148,17 +150,17 @@ __device__ void schedule_units(UnitQueue* queue, UnitsOfGroups const& units, int
   for (uint32_t wanted_phase = 0;; wanted_phase ^= 1) {
     barrier_wait(&queue->wanted, wanted_phase);
     Unit const unit = units.at(atomicAdd(&counters[0], 1));
-    barrier_wait(&queue->empty[place.slot], place.phase ^ 1);
+    barrier_wait(&queue->empty[place.index], place.phase ^ 1);
 #pragma unroll
     for (uint32_t rank = 0; rank < kCluster; ++rank) {
-      uint32_t const to = cluster_address(shared_address(&queue->units[place.slot]), rank);
+      uint32_t const to = cluster_address(shared_address(&queue->units[place.index]), rank);
       asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(unit.row), "r"(unit.rows),
                    "r"(unit.block), "r"(unit.slot)
                    : "memory");
       if constexpr (kCluster == 1) {
-        barrier_arrive(&queue->full[place.slot]);
+        barrier_arrive(&queue->full[place.index]);
       } else {
-        barrier_publish_at(&queue->full[place.slot], rank);
+        barrier_publish_at(&queue->full[place.index], rank);
       }
     }
     place.next();
