@@ -44,7 +44,10 @@ def main() -> int:
     rates = None if options.profile else measure_rates(options.dtype)
     card = torch.cuda.get_device_name()
     if rates is not None:
-        dense = ", ".join(f"{d} {r / 1e12:.0f} TFLOP/s" for d, r in rates.dense.items())
+        dense = ", ".join(
+            f"{d} {r / 1e12:.0f} TFLOP/s ({rates.sustained[d] / 1e12:.0f} after a second)"
+            for d, r in rates.dense.items()
+        )
         print(f"{card}: read {rates.read / 1e12:.2f} TB/s, dense {dense}")
         print(
             f"{'case':10} {'dtype':9} {'tokens':>6} {'ms':>8} {'p10':>8} {'p90':>8} {'floor':>8}"

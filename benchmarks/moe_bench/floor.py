@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_bench.cases import (
     TARGET_CARD,
@@ -22,10 +22,13 @@ class Rates:
     Attributes:
         read: bytes a second from device memory.
         dense: operations a second of a dense 8192^3 product, by type.
+        sustained: the same after a second of nothing else, when the clock has come down to what
+            the power allows.
     """
 
     read: float
     dense: Mapping[str, float]
+    sustained: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Record:
         layer = {"case": case, "dtype": dtype, "before": before, "after": after}
         layer["read_bytes_a_second"] = rates.read
         layer["dense_operations_a_second"] = rates.dense[dtype]
+        layer["sustained_operations_a_second"] = rates.sustained.get(dtype)
         self.data["runs"][self._run]["layers"].append(layer)
         self._write()
 

@@ -76,16 +76,16 @@ CUtensorMap tokens_map(GroupedGemm const& gemm, TileRows tile_rows) {
 // By rows an expert, on average over the call. A tile should hold an expert's rows at once, so that its weights are
 // read once, with room for uneven routing; more room costs stages.
 TileRows tile_rows_for(GroupedGemm const& gemm) {
-  // For benchmarks/tile_rows.py, which measures what the thresholds should be.
+  // For benchmarks/tile_rows.py, which measures what the thresholds should be (benchmarks/results/tile_rows.json).
   if (char const* const forced = std::getenv("MOE_INFER_TILE_ROWS"); forced != nullptr) {
     for (TileRows const rows : {TileRows::k32, TileRows::k64, TileRows::k128, TileRows::k288}) {
       if (std::to_string(static_cast<int>(rows)) == forced) return rows;
     }
   }
   int64_t const average = gemm.rows / gemm.expert_count;
-  if (average <= 16) return TileRows::k32;
-  if (average <= 44) return TileRows::k64;
-  if (average <= 104) return TileRows::k128;
+  if (average <= 20) return TileRows::k32;
+  if (average <= 28) return TileRows::k64;
+  if (average <= 112) return TileRows::k128;
   return TileRows::k288;
 }
 

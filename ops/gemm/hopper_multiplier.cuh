@@ -31,7 +31,7 @@ class Multiplier {
         lane_(static_cast<int32_t>(threadIdx.x) % 32),
         rank_(static_cast<int32_t>(cluster_rank())) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     QueuePlace queue;
     for (;;) {
       Unit const unit = take_unit<TileT::kCluster>(&shared_->queue, &queue);
@@ -46,7 +46,7 @@ class Multiplier {
 
   // With few columns that cover the rows.
   template <int kN>
-  __device__ void compute_narrowest(Unit const& unit) {
+  __device__ __forceinline__ void compute_narrowest(Unit const& unit) {
     if constexpr (kN >= TileT::kTokens) {
       compute<TileT::kTokens>(unit);
     } else {
@@ -58,47 +58,85 @@ class Multiplier {
     }
   }
 
+  // One instruction has at most 256 columns, and only some numbers of them: kN columns may take two.
   template <int kN>
-  __device__ void compute(Unit const& unit) {
+  static constexpr int kFirst = has_mma(kN) ? kN : kN == 48 ? 32 : kN - 32;
+
+  // Where two instructions multiply the same weights, these come from registers: shared memory, which then limits the
+  // product, is read once for both.
+  template <int kN>
+  static constexpr bool kWeightsInRegisters = kFirst<kN> < kN && TileT::kCluster > 1;
+
+  template <int kN>
+  __device__ __forceinline__ void compute(Unit const& unit) {
     float sums[kN / 2] = {};
     uint32_t previous = 0;
     for (int32_t step = 0; step < product_->k_steps; ++step) {
       barrier_wait(&shared_->full[place_.index], place_.phase);
-      uint64_t const a =
-          descriptor(shared_address(shared_->weights[place_.index]) + static_cast<uint32_t>(group_) * 64 * kRowBytes);
+      uint32_t const weights =
+          shared_address(shared_->weights[place_.index]) + static_cast<uint32_t>(group_) * 64 * kRowBytes;
       uint64_t const b = descriptor(shared_address(shared_->tokens[place_.index]));
-      hold(sums);
-      mma_begin();
-#pragma unroll
-      for (int i = 0; i < kDepth / 16; ++i) {
-        multiply<kN>(a + i * kDescriptorStep, b + i * kDescriptorStep, sums, step > 0 || i > 0);
-      }
-      mma_commit();
-      hold(sums);
-      if (step > 0) {
+      if constexpr (kWeightsInRegisters<kN>) {
+        // Half a stage is loaded while the half before is multiplied.
+        uint32_t first[2][4], second[2][4];
+        load_fragments(weights, 0, first);
+        multiply_fragments<kN>(first, b, sums, step > 0);
+        if (step > 0) release_after<1>(previous);
+        load_fragments(weights, 2, second);
+        multiply_fragments<kN>(second, b + 2 * kDescriptorStep, sums, true);
         mma_wait<1>();
-        release(previous);
+      } else {
+        uint64_t const a = descriptor(weights);
+        hold(sums);
+        mma_begin();
+#pragma unroll
+        for (int i = 0; i < kDepth / 16; ++i) {
+          multiply<kN>(a + i * kDescriptorStep, b + i * kDescriptorStep, sums, step > 0 || i > 0);
+        }
+        mma_commit();
+        hold(sums);
+        if (step > 0) release_after<1>(previous);
       }
       previous = place_.index;
       place_.next();
     }
-    mma_wait<0>();
+    release_after<0>(previous);
     hold(sums);
-    release(previous);
     store<kN>(unit, sums);
   }
 
-  // One instruction, or two where none has kN columns.
-  template <int kN>
-  __device__ static void multiply(uint64_t a, uint64_t b, float (&sums)[kN / 2], bool add) {
-    constexpr int kFirst = has_mma(kN) ? kN : kN == 48 ? 32 : kN - 32;
-    mma<T, kFirst>(a, b, sums, add);
-    if constexpr (kFirst < kN) {
-      mma<T, kN - kFirst>(a, b + (kFirst * kRowBytes >> 4), sums + kFirst / 2, add);
+  // Two pieces, from `piece` on, of 16 in depth, of the warp's 16 rows of a stage's weights.
+  __device__ __forceinline__ void load_fragments(uint32_t weights, int32_t piece, uint32_t (&fragments)[2][4]) const {
+    int32_t const row = warp_ * 16 + lane_ % 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int32_t const chunk = (2 * (piece + i) + lane_ / 16) ^ (row % 8);  // the swizzle
+      load_matrices(weights + static_cast<uint32_t>(row * kRowBytes + chunk * 16), fragments[i]);
     }
   }
 
-  __device__ void release(uint32_t stage) {
+  template <int kN>
+  __device__ __forceinline__ static void multiply_fragments(uint32_t const (&a)[2][4], uint64_t b, float (&sums)[kN / 2], bool add) {
+    hold(sums);
+    mma_begin();
+    multiply<kN>(a[0], b, sums, add);
+    multiply<kN>(a[1], b + kDescriptorStep, sums, true);
+    mma_commit();
+    hold(sums);
+  }
+
+  template <int kN, class A>
+  __device__ __forceinline__ static void multiply(A const& a, uint64_t b, float (&sums)[kN / 2], bool add) {
+    mma<T, kFirst<kN>>(a, b, sums, add);
+    if constexpr (kFirst<kN> < kN) {
+      mma<T, kN - kFirst<kN>>(a, b + (kFirst<kN> * kRowBytes >> 4), sums + kFirst<kN> / 2, add);
+    }
+  }
+
+  // Once at most kPending groups of products are under way.
+  template <int kPending>
+  __device__ void release_after(uint32_t stage) {
+    mma_wait<kPending>();
     if constexpr (TileT::kCluster == 1) {
       if (lane_ == 0) barrier_arrive(&shared_->empty[stage]);
     } else {
@@ -107,7 +145,7 @@ class Multiplier {
   }
 
   template <int kN>
-  __device__ void store(Unit const& unit, float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void store(Unit const& unit, float (&sums)[kN / 2]) {
     if (!waited_) {
       wait_for_previous_kernel();  // it may still read what this one is about to overwrite
       waited_ = true;
@@ -132,7 +170,7 @@ class Multiplier {
   // Bias, activation and source, in place: afterwards sums[4j], sums[4j + 1] (and, not gated, [4j + 2], [4j + 3])
   // belong to the output.
   template <int kN>
-  __device__ void finish(Unit const& unit, int32_t first_channel, float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void finish(Unit const& unit, int32_t first_channel, float (&sums)[kN / 2]) {
     T const* const bias =
         product_->has_bias ? reinterpret_cast<T const*>(product_->groups.slots +
                                                         unit.slot * product_->groups.slot_bytes + product_->bias_offset)
@@ -156,7 +194,7 @@ class Multiplier {
   }
 
   template <ActivationKind kKind, int kN>
-  __device__ void finish_as(Unit const& unit, int32_t first_channel, T const* bias, Activation activation,
+  __device__ __forceinline__ void finish_as(Unit const& unit, int32_t first_channel, T const* bias, Activation activation,
                             float (&sums)[kN / 2]) {
     activation.kind = kKind;
     if constexpr (kGated) {
@@ -204,7 +242,7 @@ class Multiplier {
   }
 
   template <int kN, int kRows>
-  __device__ void to_buffer(uint8_t* buffer, int first, float const (&sums)[kN / 2]) const {
+  __device__ __forceinline__ void to_buffer(uint8_t* buffer, int first, float const (&sums)[kN / 2]) const {
     uint32_t const base = shared_address(buffer);
     constexpr int kEights = kRows / 8;  // of rows
     if constexpr (kGated) {
@@ -239,7 +277,7 @@ class Multiplier {
   }
 
   template <int kRows>
-  __device__ void from_buffer(uint8_t const* buffer, Unit const& unit, int first, int32_t first_channel) const {
+  __device__ __forceinline__ void from_buffer(uint8_t const* buffer, Unit const& unit, int first, int32_t first_channel) const {
     int32_t const thread = warp_ * 32 + lane_;
 #pragma unroll
     for (int i = 0; i < (kRows * kChunks + 127) / 128; ++i) {

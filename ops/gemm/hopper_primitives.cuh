@@ -161,11 +161,15 @@ struct Mma;
   struct Mma<__nv_bfloat16, kN> {                                                                                  \
     using Type =                                                                                                   \
         cute::SM90::GMMA::MMA_64x##kN##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+    using FromRegisters =                                                                                          \
+        cute::SM90::GMMA::MMA_64x##kN##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
   };                                                                                                               \
   template <>                                                                                                      \
   struct Mma<__half, kN> {                                                                                         \
     using Type =                                                                                                   \
         cute::SM90::GMMA::MMA_64x##kN##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
+    using FromRegisters =                                                                                          \
+        cute::SM90::GMMA::MMA_64x##kN##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
   };
 MOE_HOPPER_MMA(8)
 MOE_HOPPER_MMA(16)
@@ -193,6 +197,18 @@ __device__ inline void mma(uint64_t a, uint64_t b, float* sums, bool add) {
   mma_unpacked<T, kN>(a, b, sums, add, std::make_index_sequence<kN / 2>{});
 }
 
+// The same with a thread's part of A in registers, as load_fragment leaves it.
+template <class T, int kN, size_t... kIndex>
+__device__ inline void mma_unpacked(uint32_t const (&a)[4], uint64_t b, float* sums, bool add,
+                                    std::index_sequence<kIndex...>) {
+  Mma<T, kN>::FromRegisters::fma(a[0], a[1], a[2], a[3], b, sums[kIndex]...,
+                                 add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+template <class T, int kN>
+__device__ inline void mma(uint32_t const (&a)[4], uint64_t b, float* sums, bool add) {
+  mma_unpacked<T, kN>(a, b, sums, add, std::make_index_sequence<kN / 2>{});
+}
+
 // Describes a matrix in shared memory for mma; `address` a multiple of 1024 bytes. 16 elements further into the rows:
 // add kDescriptorStep.
 constexpr uint64_t kDescriptorStep = 32 >> 4;
@@ -214,6 +230,15 @@ template <int kCount>
 __device__ inline void hold(float (&values)[kCount]) {
 #pragma unroll
   for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+}
+
+// --- Loads 4 matrices of 8 x 8 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8; register m of lane
+// l gets row l / 4, columns 2(l % 4) and 2(l % 4) + 1 of matrix m.
+__device__ inline void load_matrices(uint32_t address, uint32_t (&values)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+               : "r"(address)
+               : "memory");
 }
 
 // --- Stores 1, 2 or 4 matrices of 8 x 8 16-bit values, transposed. Lane l gives the address of row l % 8 of matrix

@@ -71,6 +71,7 @@ def test_one_engine_serves_every_length_in_the_ranges(rewritten: Path, tmp_path:
         made.run(None, {"tokens": np.zeros((1, 257), np.int64)})
 
 
+@pytest.mark.needs_onnxruntime_1_32
 def test_the_plan_of_a_model_on_tensorrt(rewritten: Path) -> None:
     told = plan(rewritten, [TRT, *REST], dims={"seq": (1, 16, 256)})
     assert not told.lowered
