@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -44,13 +44,41 @@ class _Inputs(ctypes.Structure):
     )
 
 
-_STATS = ("runs", "tokens", "hits", "misses", "evictions", "bytes_fetched")
+_STATS = (
+    "runs",
+    "tokens",
+    "hits",
+    "misses",
+    "evictions",
+    "bytes_fetched",
+    "prefetches_used",
+    "prefetches_wasted",
+    "stall_ns",
+)
 
 
 class _Stats(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in _STATS)
 
 
+class _Report(ctypes.Structure):
+    _fields_ = (
+        ("id", ctypes.c_int64),
+        ("weight_file", ctypes.c_char_p),
+        ("weight_prefix", ctypes.c_char_p),
+        ("sublayer_type", ctypes.c_char_p),
+        ("device", ctypes.c_int32),
+        ("streams", ctypes.c_int32),
+        ("expert_count", ctypes.c_int32),
+        ("slots", ctypes.c_int32),
+        ("slot_bytes", ctypes.c_uint64),
+        ("stats", _Stats),
+        ("uses", ctypes.POINTER(ctypes.c_int64)),
+        ("slot_of_expert", ctypes.POINTER(ctypes.c_int32)),
+    )
+
+
+_Visitor = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Report), ctypes.c_void_p)
 _Pointer = ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "moe_infer_check": [ctypes.POINTER(_Attribute), ctypes.c_int32, ctypes.POINTER(_Inputs)],
@@ -73,6 +101,8 @@ _SIGNATURES: dict[str, list[Any]] = {
         _Pointer,  # stream
     ],
     "moe_infer_layer_stats": [_Pointer, ctypes.POINTER(_Stats)],
+    "moe_infer_layer_visit": [_Pointer, _Visitor, _Pointer],
+    "moe_infer_visit_layers": [_Visitor, _Pointer],
 }
 
 
@@ -100,10 +130,13 @@ class LayerStats:
     Attributes:
         runs: calls of ``Layer.run``.
         tokens: tokens in all runs.
-        hits: experts that were needed and lay in a slot.
+        hits: experts that were needed and lay in a slot; not counted where all experts stay.
         misses: experts that were needed and had to be fetched.
         evictions: experts that had to leave their slot.
         bytes_fetched: bytes of weights that went from host to device.
+        prefetches_used: experts that were fetched ahead and then needed.
+        prefetches_wasted: experts that were fetched ahead and evicted before they were needed.
+        stall_ns: nanoseconds for which runs waited for experts; -1 where it is not measured.
     """
 
     runs: int
@@ -112,6 +145,42 @@ class LayerStats:
     misses: int
     evictions: int
     bytes_fetched: int
+    prefetches_used: int
+    prefetches_wasted: int
+    stall_ns: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One live layer of the library.
+
+    Attributes:
+        id: its number in this process, never given twice.
+        weight_file: as the library opened it, "" for a sub-layer without weights.
+        weight_prefix: first part of its names in the file.
+        sublayer_type: what an expert computes.
+        device: number of the CUDA device.
+        streams: experts are brought in during runs.
+        expert_count: number of experts.
+        slots: experts in device memory at most.
+        slot_bytes: of one expert there.
+        stats: what it did.
+        uses: (expert_count) int64, runs that needed each expert; None where nobody counts.
+        slot_of_expert: (expert_count) int32, -1: in none; None without weights.
+    """
+
+    id: int
+    weight_file: str
+    weight_prefix: str
+    sublayer_type: str
+    device: int
+    streams: bool
+    expert_count: int
+    slots: int
+    slot_bytes: int
+    stats: LayerStats
+    uses: np.ndarray[Any, np.dtype[np.int64]] | None
+    slot_of_expert: np.ndarray[Any, np.dtype[np.int32]] | None
 
 
 def check(attributes: Mapping[str, Any], inputs: LayerInputs | None = None) -> None:
@@ -144,6 +213,62 @@ def weight_digest(path: str | os.PathLike[str]) -> str:
     digest = ctypes.create_string_buffer(_DIGEST_BYTES)
     _call("moe_infer_weight_digest", os.fsencode(path), digest)
     return digest.value.decode()
+
+
+def live_layers() -> list[LayerReport]:
+    """What each layer in this process did, those inside of ONNX Runtime's sessions too.
+
+    In the order in which they were made. May be called while other threads run layers.
+
+    Raises:
+        RuntimeError: CUDA failed.
+        moe_infer.errors.PluginError: there is no library.
+    """
+    return _visited(lambda visitor: _call("moe_infer_visit_layers", visitor, None))
+
+
+def _visited(visit: Callable[[Any], None]) -> list[LayerReport]:
+    """The reports that a function of the library gives to a visitor."""
+    reports: list[LayerReport] = []
+    errors: list[Exception] = []
+
+    def keep(report: Any, _: Any) -> None:
+        try:
+            reports.append(_copy(report.contents))
+        except Exception as error:  # ctypes would print it and go on
+            errors.append(error)
+
+    visit(_Visitor(keep))
+    if errors:
+        raise errors[0]
+    return reports
+
+
+def _copy(report: _Report) -> LayerReport:
+    """A report that outlives the visit."""
+    count = report.expert_count
+
+    def array(pointer: Any) -> Any:
+        return np.ctypeslib.as_array(pointer, (count,)).copy() if pointer else None
+
+    return LayerReport(
+        id=report.id,
+        weight_file=os.fsdecode(report.weight_file),
+        weight_prefix=os.fsdecode(report.weight_prefix),
+        sublayer_type=report.sublayer_type.decode(),
+        device=report.device,
+        streams=bool(report.streams),
+        expert_count=count,
+        slots=report.slots,
+        slot_bytes=report.slot_bytes,
+        stats=_stats(report.stats),
+        uses=array(report.uses),
+        slot_of_expert=array(report.slot_of_expert),
+    )
+
+
+def _stats(stats: _Stats) -> LayerStats:
+    return LayerStats(**{name: getattr(stats, name) for name in _STATS})
 
 
 class Layer:
@@ -226,7 +351,14 @@ class Layer:
         """What the layer did so far."""
         stats = _Stats()
         _call("moe_infer_layer_stats", self._opened(), ctypes.byref(stats))
-        return LayerStats(**{name: getattr(stats, name) for name in _STATS})
+        return _stats(stats)
+
+    def report(self) -> LayerReport:
+        """What the layer is and did, and which experts it used and holds."""
+        (found,) = _visited(
+            lambda visitor: _call("moe_infer_layer_visit", self._opened(), visitor, None)
+        )
+        return found
 
     def close(self) -> None:
         """Frees the layer's device memory; idempotent."""

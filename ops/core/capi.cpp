@@ -3,6 +3,7 @@
 
 #include "core/capi_error.h"
 #include "core/layer.h"
+#include "core/live_layers.h"
 
 using moe_infer::guarded;
 using moe_infer::invalid;
@@ -26,6 +27,29 @@ int guarded_cuda(Function&& function) noexcept {
 void check_not_null(char const* function, char const* name, void const* pointer) {
   if (pointer == nullptr) {
     throw invalid(std::string(function) + ": " + name + " must not be NULL");
+  }
+}
+
+void report(moe_infer::LayerStatistics const& found, moe_infer_report_visitor visit, void* context) {
+  moe_infer_layer_report told = {};
+  told.id = found.id;
+  told.weight_file = found.weight_file.c_str();
+  told.weight_prefix = found.weight_prefix.c_str();
+  told.sublayer_type = found.sublayer_type.c_str();
+  told.device = found.device;
+  told.streams = found.streams ? 1 : 0;
+  told.expert_count = found.expert_count;
+  told.slots = found.slots;
+  told.slot_bytes = found.slot_bytes;
+  told.stats = found.counters;
+  told.uses = found.uses.empty() ? nullptr : found.uses.data();
+  told.slot_of_expert = found.slot_of_expert.empty() ? nullptr : found.slot_of_expert.data();
+  visit(&told, context);
+}
+
+void check_visitor(char const* function, moe_infer_report_visitor visit) {
+  if (visit == nullptr) {
+    throw invalid(std::string(function) + ": visit must not be NULL");
   }
 }
 
@@ -74,11 +98,28 @@ int moe_infer_layer_run(moe_infer_layer* layer, const void* hidden_states, const
   });
 }
 
+int moe_infer_layer_visit(const moe_infer_layer* layer, moe_infer_report_visitor visit, void* context) {
+  return guarded_cuda([&] {
+    check_not_null("moe_infer_layer_visit", "layer", layer);
+    check_visitor("moe_infer_layer_visit", visit);
+    report(layer->layer.statistics(), visit, context);
+  });
+}
+
+int moe_infer_visit_layers(moe_infer_report_visitor visit, void* context) {
+  return guarded_cuda([&] {
+    check_visitor("moe_infer_visit_layers", visit);
+    for (auto const& found : moe_infer::statistics_of_live_layers()) {
+      report(found, visit, context);
+    }
+  });
+}
+
 int moe_infer_layer_stats(const moe_infer_layer* layer, moe_infer_stats* stats) {
-  return guarded([&] {
+  return guarded_cuda([&] {
     check_not_null("moe_infer_layer_stats", "layer", layer);
     check_not_null("moe_infer_layer_stats", "stats", stats);
-    *stats = layer->layer.stats();
+    *stats = layer->layer.statistics().counters;
   });
 }
 

@@ -43,7 +43,8 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
       ready_(static_cast<size_t>(slots)),
       used_(static_cast<size_t>(slots)),
       slot_of_expert_(static_cast<size_t>(expert_count), -1),
-      policy_(make_lru_policy()) {
+      policy_(make_lru_policy()),
+      use_(expert_count) {
   std::vector<int32_t> numbers(static_cast<size_t>(slots));
   std::iota(numbers.begin(), numbers.end(), 0);
   MOE_CUDA_CHECK(
@@ -78,6 +79,7 @@ void ExpertCache::load_all() {
     fetch(expert, expert);
     slot_of_expert_[static_cast<size_t>(expert)] = expert;
     states_[static_cast<size_t>(expert)].expert = expert;
+    use_.lies_in(expert, expert);
   }
   MOE_CUDA_CHECK(cudaStreamSynchronize(copy_stream_.get()));
   MOE_CUDA_CHECK(cudaStreamSynchronize(pack_stream_.get()));
@@ -101,6 +103,7 @@ void ExpertCache::plan(int32_t const* counts) {
 
 int32_t ExpertCache::bring(int32_t expert) {
   int32_t slot = slot_of_expert_[static_cast<size_t>(expert)];
+  use_.needed(expert);
   if (slot >= 0) {
     ++hits_;
     return slot;
@@ -109,12 +112,14 @@ int32_t ExpertCache::bring(int32_t expert) {
   auto& state = states_[static_cast<size_t>(slot)];
   if (state.expert >= 0) {
     slot_of_expert_[static_cast<size_t>(state.expert)] = -1;
+    use_.lies_in(state.expert, -1);
     state.expert = -1;
     ++evictions_;
   }
   fetch(expert, slot);  // throws: the slot stays empty
   state.expert = expert;
   slot_of_expert_[static_cast<size_t>(expert)] = slot;
+  use_.lies_in(expert, slot);
   ++misses_;
   return slot;
 }
@@ -228,11 +233,19 @@ void ExpertCache::abandon(int32_t slot, cudaStream_t stream) noexcept {
   }
 }
 
-void ExpertCache::add_stats(moe_infer_stats* stats) const {
-  stats->hits += hits_;
-  stats->misses += misses_;
-  stats->evictions += evictions_;
-  stats->bytes_fetched += bytes_fetched_;
+void ExpertCache::add_statistics(LayerStatistics* statistics) const {
+  statistics->weight_file = store_->path();
+  statistics->slots = static_cast<int32_t>(states_.size());
+  statistics->slot_bytes = layout_.bytes;
+  statistics->slot_of_expert = use_.slots();
+  if (statistics->streams) {
+    statistics->uses = use_.uses();
+  }
+  auto& counters = statistics->counters;
+  counters.hits += hits_;
+  counters.misses += misses_;
+  counters.evictions += evictions_;
+  counters.bytes_fetched += bytes_fetched_;
 }
 
 }  // namespace moe_infer

@@ -17,8 +17,10 @@
 
 #include "core/device_memory.h"
 #include "core/expert_store.h"
+#include "core/expert_use.h"
 #include "core/host_ring.h"
 #include "core/policy.h"
+#include "core/statistics.h"
 #include "moe_infer.h"
 
 namespace moe_infer {
@@ -59,7 +61,8 @@ class ExpertCache {
   uint64_t slot_bytes() const { return layout_.bytes; }
   // Device array 0, 1, 2, ...: slot_of_group for groups of one expert point into it; resident layers use all of it.
   int32_t const* slot_numbers() const { return numbers_.as<int32_t>(); }
-  void add_stats(moe_infer_stats* stats) const;
+  // Slots, counters, and where each expert lies. Any thread, also while another runs the layer.
+  void add_statistics(LayerStatistics* statistics) const;
   // True while the weight file on disk is the one whose experts lie here.
   bool unchanged() const { return store_->unchanged(); }
   std::string note() const { return store_->pinning_note(); }
@@ -105,6 +108,7 @@ class ExpertCache {
   int64_t clock_ = 0;
   std::vector<int32_t> order_;
   std::vector<Transfer> transfers_;
+  ExpertUse use_;
   std::atomic<int64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_fetched_{0};
 };
 

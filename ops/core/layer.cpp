@@ -93,9 +93,15 @@ MoELayer::MoELayer(LayerConfig config, LayerInputs const& inputs) : plan_(config
     router_bias_ = upload(*config.router_bias, "router_bias");
   }
   router_params_ = params_of(config, router_bias_.as<float>());
-  if (!plan_.has_weights()) {
-    return;
+  if (plan_.has_weights()) {
+    make_cache();
   }
+  live_.enter(*this);
+}
+
+void MoELayer::make_cache() {
+  auto const& config = plan_.config();
+  auto const& inputs = plan_.inputs();
   auto store = ExpertStore::open(config, inputs.d_model);
   if (!plan_.streams()) {
     cache_ = resident_experts(std::move(store), config, inputs.dtype, device_);
@@ -260,14 +266,22 @@ void MoELayer::run_streaming(int64_t rows, Workspace const& workspace, cudaStrea
   });
 }
 
-moe_infer_stats MoELayer::stats() const {
-  moe_infer_stats stats = {};
-  stats.runs = runs_;
-  stats.tokens = tokens_;
+LayerStatistics MoELayer::statistics() const {
+  auto const& config = plan_.config();
+  LayerStatistics statistics;
+  statistics.id = live_.id();
+  statistics.weight_prefix = config.weight_prefix;
+  statistics.sublayer_type = config.sublayer_type;
+  statistics.device = device_;
+  statistics.expert_count = config.expert_count;
+  statistics.streams = plan_.streams();
+  statistics.counters.runs = runs_;
+  statistics.counters.tokens = tokens_;
+  statistics.counters.stall_ns = -1;  // the host enqueues the waits and does not see how long they are
   if (cache_ != nullptr) {
-    cache_->add_stats(&stats);
+    cache_->add_statistics(&statistics);
   }
-  return stats;
+  return statistics;
 }
 
 }  // namespace moe_infer

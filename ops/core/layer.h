@@ -12,6 +12,7 @@
 #include "core/expert_cache.h"
 #include "core/expert_store.h"
 #include "core/layer_config.h"
+#include "core/live_layers.h"
 #include "route/route.h"
 #include "sublayers/sub_layer.h"
 
@@ -67,11 +68,14 @@ class MoELayer {
            size_t workspace_bytes, cudaStream_t stream);
 
   LayerPlan const& plan() const { return plan_; }
-  moe_infer_stats stats() const;
+  // What the layer did so far. Any thread, also while others run it; may wait for the device, which a run never does to
+  // count. A resident layer's choices stay on the device: it counts runs and tokens, and not the uses of its experts.
+  LayerStatistics statistics() const;
   // What a user should know about how the experts reach the device, as a sentence for a log; "" if nothing.
   std::string note() const { return plan_.streams() ? cache_->note() : std::string(); }
 
  private:
+  void make_cache();
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
                  cudaStream_t stream) const;
   void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
@@ -96,6 +100,7 @@ class MoELayer {
   PinnedMemory counts_;
   std::unique_ptr<Event> counts_read_;
   std::atomic<int64_t> runs_{0}, tokens_{0};
+  LiveLayer live_;  // last: who is listed is whole
 };
 
 }  // namespace moe_infer

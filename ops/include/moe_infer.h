@@ -50,14 +50,37 @@ typedef struct {
   int32_t logits_dtype; /* moe_infer_dtype; that of hidden_states or float32 */
 } moe_infer_inputs;
 
+/* What a layer did since it was made. */
 typedef struct {
   int64_t runs;
   int64_t tokens;
   int64_t hits;   /* experts that were needed and lay in a slot */
   int64_t misses; /* experts that were needed and had to be fetched */
   int64_t evictions;
-  int64_t bytes_fetched; /* host to device, weights only */
+  int64_t bytes_fetched;     /* host to device, weights only */
+  int64_t prefetches_used;   /* experts that were fetched ahead and then needed */
+  int64_t prefetches_wasted; /* experts that were fetched ahead and evicted before anybody needed them */
+  int64_t stall_ns;          /* time that runs waited for experts on their way; -1 where it is not measured */
 } moe_infer_stats;
+
+/* One live layer. Everything that is pointed to is valid until the function that got it returns. */
+typedef struct {
+  int64_t id;              /* number of the layer in this process, never given twice */
+  const char* weight_file; /* "" for a sub-layer without weights */
+  const char* weight_prefix;
+  const char* sublayer_type;
+  int32_t device;
+  int32_t streams; /* 1: experts are brought in during runs */
+  int32_t expert_count;
+  int32_t slots; /* experts in device memory at most; layers that keep all of the same file share them */
+  uint64_t slot_bytes;
+  moe_infer_stats stats;
+  const int64_t* uses;           /* (expert_count) runs that needed the expert; NULL where nobody counts: a layer
+                                    whose experts all stay keeps its choices on the device */
+  const int32_t* slot_of_expert; /* (expert_count) the slot in which it lies, -1: in none; NULL without weights */
+} moe_infer_layer_report;
+
+typedef void (*moe_infer_report_visitor)(const moe_infer_layer_report* report, void* context);
 
 typedef struct moe_infer_layer moe_infer_layer;
 
@@ -93,6 +116,13 @@ MOE_INFER_EXPORT int moe_infer_layer_run(moe_infer_layer* layer, const void* hid
                                          void* stream);
 
 MOE_INFER_EXPORT int moe_infer_layer_stats(const moe_infer_layer* layer, moe_infer_stats* stats);
+
+/* Calls `visit` once with what this layer did. */
+MOE_INFER_EXPORT int moe_infer_layer_visit(const moe_infer_layer* layer, moe_infer_report_visitor visit, void* context);
+
+/* Calls `visit` for every live layer of the process, those inside of TensorRT's plugins too, in the order in which they
+ * were made. Any thread, while others run layers; it may wait for the device. `visit` may call everything here. */
+MOE_INFER_EXPORT int moe_infer_visit_layers(moe_infer_report_visitor visit, void* context);
 
 /* Registers the plugin creators with the TensorRT that this process has loaded; idempotent. MOE_INFER_INVALID
  * with both versions and paths in the message when none is loaded or its major version is not the headers'. */
