@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_infer.runtime.expert_use import count_expert_use
     from moe_infer.runtime.plugin import status as plugin_status
     from moe_infer.runtime.session import InferenceSession
+    from moe_infer.runtime.stats import expert_stats
     from moe_infer.runtime.tensorrt_api import create_plugin
     from moe_infer.weights import WeightFileError
 
@@ -35,6 +36,7 @@ _MODULES = {
     "WeightFileError": "moe_infer.weights",
     "count_expert_use": "moe_infer.runtime.expert_use",
     "create_plugin": "moe_infer.runtime.tensorrt_api",
+    "expert_stats": "moe_infer.runtime.stats",
     "inspect_model": "moe_infer.inspect",
     "lower": "moe_infer.graph.lower",
     "rewrite": "moe_infer.graph.rewrite",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "count_expert_use",
     "create_plugin",
+    "expert_stats",
     "inspect_model",
     "lower",
     "plugin_status",

@@ -23,6 +23,7 @@ import moe_infer
 from moe_infer.commands import export, plan, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 from moe_infer.graph.explain import explain
+from moe_infer.runtime.stats import ExpertStats, text
 
 NOTHING_MATCHED = 3
 
@@ -125,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repeat", type=int, default=1, metavar="N", help="timed runs")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--expert-use", action="store_true", help="show which experts the run used")
+    run.add_argument(
+        "--stats",
+        action="store_true",
+        help="show what each layer's experts did: hits, misses, bytes fetched, use and residency",
+    )
+    run.add_argument(
+        "--stats-picture",
+        metavar="FILE.png",
+        help="draw use and residency, layer by expert (needs matplotlib)",
+    )
     run.add_argument("--json", action="store_true", help="for machines")
     run.set_defaults(command=_run)
 
@@ -259,11 +270,40 @@ def _run(options: argparse.Namespace) -> int:
     }
     if options.expert_use:
         record["expert_use"] = {use.layer: use.tokens.tolist() for use in session.expert_use}
+    wants_stats = options.stats or options.stats_picture is not None
+    stats = session.expert_stats() if wants_stats else []
+    if options.stats:
+        record["expert_stats"] = [layer.to_dict() for layer in stats]
+    if options.stats_picture is not None:
+        from moe_infer.runtime.stats.picture import save_heat_map
+
+        save_heat_map(stats, options.stats_picture)
     if options.json:
         print(json.dumps(record, indent=1))
     else:
         _print_run(record)
+        if options.stats:
+            _print_stats(stats, session.lowered and not options.expert_use)
     return 0
+
+
+def _print_stats(stats: Sequence[ExpertStats], uncounted: bool) -> None:
+    if not stats:
+        print("no layers to show statistics of")
+        return
+    shown = console()
+    shown.print(text.table(stats))
+    if uncounted:
+        print(
+            "the layers are lowered to ONNX Runtime's operators, which have no slots and count"
+            " nothing; --expert-use counts which experts the runs used"
+        )
+    elif any(layer.uses is None for layer in stats):
+        print(
+            "a layer whose experts all stay on the GPU does not read back which were used;"
+            " --expert-use counts that beside it"
+        )
+    print(text.heat_map(stats, max(shown.width - 10, 16)))
 
 
 def _print_run(record: dict[str, Any]) -> None:

@@ -130,6 +130,7 @@ PUBLIC = {
     "__version__",
     "count_expert_use",
     "create_plugin",
+    "expert_stats",
     "inspect_model",
     "lower",
     "plugin_status",

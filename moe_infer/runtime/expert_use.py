@@ -9,6 +9,7 @@ its choice can be another one.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,30 @@ class ExpertUse:
     def used(self) -> int:
         """Number of experts that at least one token chose."""
         return int(np.count_nonzero(self.tokens))
+
+
+class UseTotals:
+    """What a session counted of one layer over its runs.
+
+    Attributes:
+        runs: that were counted.
+        tokens: in these runs.
+        uses: (expert_count) int64, runs in which at least one token chose the expert.
+    """
+
+    def __init__(self, layer: LayerNode) -> None:
+        self._top_k = layer.config.top_k
+        self._lock = threading.Lock()  # a session may be run by several threads
+        self.runs = 0
+        self.tokens = 0
+        self.uses = np.zeros(layer.config.expert_count, np.int64)
+
+    def add(self, use: ExpertUse) -> None:
+        """Adds one run."""
+        with self._lock:
+            self.runs += 1
+            self.tokens += int(use.tokens.sum()) // self._top_k
+            self.uses += use.tokens > 0
 
 
 def count_expert_use(

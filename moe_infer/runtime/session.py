@@ -32,10 +32,12 @@ from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
 from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
 from moe_infer.inspect import LayerInfo, describe
 from moe_infer.op import DOMAIN
-from moe_infer.runtime import plugin
-from moe_infer.runtime.expert_use import ExpertUse, add_taps, count
+from moe_infer.runtime import native, plugin
+from moe_infer.runtime.expert_use import ExpertUse, UseTotals, add_taps, count
 from moe_infer.runtime.options import copy_options, set_entries
 from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
+from moe_infer.runtime.stats.collect import of_library, of_lowered
+from moe_infer.runtime.stats.counters import ExpertStats
 from moe_infer.weights import check_content, resolve_weight_path
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
@@ -116,6 +118,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._layers = layers
         self._taps = add_taps(model, layers) if expert_use else []
         self._expert_use: list[ExpertUse] | None = None
+        self._use_totals = [UseTotals(layer) for layer in layers] if expert_use else []
 
         copied = copy_options(sess_options, _foreign_domains(model))
         options = sess_options if copied is None else copied
@@ -168,6 +171,26 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             raise ValueError(f"expert_use: the session {what}")
         return self._expert_use
 
+    def expert_stats(self) -> list[ExpertStats]:
+        """The counters of each layer since it was made, in the model's order.
+
+        On TensorRT they are the compiled library's: all of them where a layer streams its experts,
+        runs and tokens where all experts stay. A layer is made when TensorRT attaches the engine,
+        which may be at the first run, and anew when it builds another one; before that there is no
+        entry. Another session on the same weight file in this process has entries of its own, which
+        cannot be told apart and are returned too. Lowered layers count nothing themselves. With
+        ``expert_use=True`` what :meth:`run` counted fills the gap. May be called while other
+        threads run the session.
+
+        Raises:
+            RuntimeError: CUDA failed.
+        """
+        if self.lowered:
+            return of_lowered(self._layers, str(self.moe_provider), self._use_totals)
+        if not self._layers:
+            return []
+        return of_library(self._layers, native.live_layers(), self._use_totals)
+
     def run(
         self,
         output_names: Sequence[str] | None,
@@ -182,7 +205,10 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         names = list(output_names or [output.name for output in self.get_outputs()])
         values = super().run([*names, *self._taps], input_feed, run_options)
         tapped = values[len(names) :]
-        self._expert_use = [count(*pair) for pair in zip(self._layers, tapped, strict=True)]
+        found = [count(*pair) for pair in zip(self._layers, tapped, strict=True)]
+        for total, use in zip(self._use_totals, found, strict=True):
+            total.add(use)
+        self._expert_use = found
         return list(values[: len(names)])
 
     def run_with_ort_values(
