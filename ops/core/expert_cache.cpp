@@ -39,11 +39,14 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
                               std::to_string(slots) + " experts of " + store_->path(),
                               "lower attribute 'max_concurrency'")),
       numbers_(allocate_device(sizeof(int32_t) * static_cast<size_t>(slots), "slot numbers", "free some")),
-      states_(static_cast<size_t>(slots)),
       ready_(static_cast<size_t>(slots)),
       used_(static_cast<size_t>(slots)),
+      policy_(policy_from_environment()),
       slot_of_expert_(static_cast<size_t>(expert_count), -1),
-      policy_(make_lru_policy()),
+      expert_of_slot_(static_cast<size_t>(slots), -1),
+      histories_(static_cast<size_t>(expert_count)),
+      tables_{expert_count, slots, slot_of_expert_.data(), expert_of_slot_.data(), histories_.data(), 0},
+      plan_(static_cast<size_t>(expert_count)),
       use_(expert_count) {
   std::vector<int32_t> numbers(static_cast<size_t>(slots));
   std::iota(numbers.begin(), numbers.end(), 0);
@@ -65,7 +68,6 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
   if (!all_pinned) {
     ring_ = HostRing::shared(device_);
   }
-  order_.reserve(static_cast<size_t>(expert_count));
 }
 
 ExpertCache::~ExpertCache() {
@@ -75,10 +77,10 @@ ExpertCache::~ExpertCache() {
 }
 
 void ExpertCache::load_all() {
-  for (int32_t expert = 0; expert < static_cast<int32_t>(slot_of_expert_.size()); ++expert) {
+  for (int32_t expert = 0; expert < tables_.expert_count; ++expert) {
     fetch(expert, expert);
     slot_of_expert_[static_cast<size_t>(expert)] = expert;
-    states_[static_cast<size_t>(expert)].expert = expert;
+    expert_of_slot_[static_cast<size_t>(expert)] = expert;
     use_.lies_in(expert, expert);
   }
   MOE_CUDA_CHECK(cudaStreamSynchronize(copy_stream_.get()));
@@ -86,42 +88,38 @@ void ExpertCache::load_all() {
   ring_.reset();  // nothing will be fetched any more
 }
 
-void ExpertCache::plan(int32_t const* counts) {
-  order_.clear();
-  auto const experts = static_cast<int32_t>(slot_of_expert_.size());
-  for (auto& state : states_) {
-    state.needed = state.expert >= 0 && counts[state.expert] > 0;
-  }
-  for (bool const resident : {true, false}) {
-    for (int32_t expert = 0; expert < experts; ++expert) {
-      if (counts[expert] > 0 && (slot_of_expert_[static_cast<size_t>(expert)] >= 0) == resident) {
-        order_.push_back(expert);
-      }
-    }
-  }
-}
-
-int32_t ExpertCache::bring(int32_t expert) {
-  int32_t slot = slot_of_expert_[static_cast<size_t>(expert)];
-  use_.needed(expert);
-  if (slot >= 0) {
+void ExpertCache::bring(PlannedExpert const& planned) {
+  use_.needed(planned.expert);
+  if (planned.hit != 0) {
     ++hits_;
-    return slot;
+    return;
   }
-  slot = policy_->choose(states_);
-  auto& state = states_[static_cast<size_t>(slot)];
-  if (state.expert >= 0) {
-    slot_of_expert_[static_cast<size_t>(state.expert)] = -1;
-    use_.lies_in(state.expert, -1);
-    state.expert = -1;
+  if (planned.evicted >= 0) {
+    use_.lies_in(planned.evicted, -1);
     ++evictions_;
   }
-  fetch(expert, slot);  // throws: the slot stays empty
-  state.expert = expert;
-  slot_of_expert_[static_cast<size_t>(expert)] = slot;
-  use_.lies_in(expert, slot);
+  fetch(planned.expert, planned.slot);
+  use_.lies_in(planned.expert, planned.slot);
   ++misses_;
-  return slot;
+}
+
+void ExpertCache::forget(int32_t first, int32_t needed) noexcept {
+  for (int32_t i = first; i < needed; ++i) {
+    auto const& planned = plan_[static_cast<size_t>(i)];
+    if (planned.hit != 0) {
+      continue;  // is in its slot, unless the plan gave that to a miss, which comes later in this loop
+    }
+    use_.lies_in(planned.expert, -1);
+    if (planned.evicted >= 0) {
+      use_.lies_in(planned.evicted, -1);
+    }
+    // The slot may hold an expert that the tables have given up: an empty slot is right whatever is in it.
+    auto& expert = expert_of_slot_[static_cast<size_t>(planned.slot)];
+    if (expert >= 0) {
+      slot_of_expert_[static_cast<size_t>(expert)] = -1;
+      expert = -1;
+    }
+  }
 }
 
 void ExpertCache::fetch(int32_t expert, int32_t slot) {
@@ -218,12 +216,7 @@ void ExpertCache::ready(int32_t slot, cudaStream_t stream) {
   used_[static_cast<size_t>(slot)].order_before(stream);
 }
 
-void ExpertCache::used(int32_t slot, cudaStream_t stream) {
-  auto& state = states_[static_cast<size_t>(slot)];
-  state.needed = false;
-  state.last_use = ++clock_;
-  used_[static_cast<size_t>(slot)].record(stream);
-}
+void ExpertCache::used(int32_t slot, cudaStream_t stream) { used_[static_cast<size_t>(slot)].record(stream); }
 
 void ExpertCache::abandon(int32_t slot, cudaStream_t stream) noexcept {
   try {
@@ -235,7 +228,7 @@ void ExpertCache::abandon(int32_t slot, cudaStream_t stream) noexcept {
 
 void ExpertCache::add_statistics(LayerStatistics* statistics) const {
   statistics->weight_file = store_->path();
-  statistics->slots = static_cast<int32_t>(states_.size());
+  statistics->slots = tables_.slot_count;
   statistics->slot_bytes = layout_.bytes;
   statistics->slot_of_expert = use_.slots();
   if (statistics->streams) {

@@ -20,6 +20,7 @@
 #include "core/expert_use.h"
 #include "core/host_ring.h"
 #include "core/policy.h"
+#include "core/policy_settings.h"
 #include "core/statistics.h"
 #include "moe_infer.h"
 
@@ -37,23 +38,29 @@ class ExpertCache {
   // Loads every expert into the slot of its number and waits. Only when slots >= expert_count.
   void load_all();
 
-  // Streaming: brings the needed experts in, one after another, while `use` runs those that are there. Experts that are
-  // already in a slot come first. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`;
-  // a slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each expert.
-  // Not for two threads at once. After an exception the cache can be used again; what failed is not in it.
+  // Streaming: brings the needed experts in, one after another, while `use` runs those that are there, in the order and
+  // the slots that plan_call decides (policy.h). For each, `use(expert, slot)` is called once its bytes are ordered
+  // before `stream`; a slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each
+  // expert. Not for two threads at once. After an exception the cache can be used again; what failed is not in it.
   template <class Use>
   void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
-    plan(counts);
-    for (int32_t const expert : order_) {
-      int32_t const slot = bring(expert);
-      ready(slot, stream);
+    int32_t const needed = plan_call(policy_, &tables_, counts, plan_.data());
+    for (int32_t i = 0; i < needed; ++i) {
+      auto const& planned = plan_[static_cast<size_t>(i)];
       try {
-        use(expert, slot);
+        bring(planned);
+        ready(planned.slot, stream);
+        try {
+          use(planned.expert, planned.slot);
+        } catch (...) {
+          abandon(planned.slot, stream);
+          throw;
+        }
+        used(planned.slot, stream);
       } catch (...) {
-        abandon(slot, stream);
+        forget(i, needed);
         throw;
       }
-      used(slot, stream);
     }
   }
 
@@ -78,8 +85,10 @@ class ExpertCache {
     uint64_t bytes() const { return static_cast<uint64_t>(count) * size_of(piece->dtype); }
   };
 
-  void plan(int32_t const* counts);
-  int32_t bring(int32_t expert);
+  // Fetches a miss; counts what was done.
+  void bring(PlannedExpert const& planned);
+  // The call ended in this entry of the plan: what it and those after it were to fetch is not there.
+  void forget(int32_t first, int32_t needed) noexcept;
   void fetch(int32_t expert, int32_t slot);
   void list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes);
   void send(Transfer const& transfer, void const* source, uint8_t* slot);
@@ -101,12 +110,12 @@ class ExpertCache {
   uint64_t staging_turn_ = 0;
   std::shared_ptr<HostRing> ring_;  // only if some expert is not pinned
 
-  std::vector<SlotState> states_;
   std::vector<Event> ready_, used_;  // of each slot
-  std::vector<int32_t> slot_of_expert_;
-  std::unique_ptr<EvictionPolicy> policy_;
-  int64_t clock_ = 0;
-  std::vector<int32_t> order_;
+  PolicySettings policy_;
+  std::vector<int32_t> slot_of_expert_, expert_of_slot_;
+  std::vector<ExpertHistory> histories_;
+  CacheTables tables_;  // points into the three above
+  std::vector<PlannedExpert> plan_;
   std::vector<Transfer> transfers_;
   ExpertUse use_;
   std::atomic<int64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_fetched_{0};

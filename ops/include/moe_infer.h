@@ -124,6 +124,32 @@ MOE_INFER_EXPORT int moe_infer_layer_visit(const moe_infer_layer* layer, moe_inf
  * were made. Any thread, while others run layers; it may wait for the device. `visit` may call everything here. */
 MOE_INFER_EXPORT int moe_infer_visit_layers(moe_infer_report_visitor visit, void* context);
 
+/* A trace of one expert cache: the experts that each call needs. */
+typedef struct {
+  int32_t expert_count;
+  int64_t calls;
+  const int64_t* offsets; /* (calls + 1), from 0 on: call c needs experts[offsets[c]] to experts[offsets[c + 1] - 1] */
+  const int32_t* experts; /* (offsets[calls]); in each call ascending, each once */
+} moe_infer_trace;
+
+/* What a call does about one expert, in the order in which it does it: hits first, then misses. */
+typedef struct {
+  int32_t expert;
+  int32_t slot;
+  int32_t evicted; /* expert that lost the slot, -1: none */
+  int32_t hit;     /* 1: was in the slot when the call began */
+} moe_infer_planned_expert;
+
+/* Checks a policy (docs/scheduling.md; NULL: what MOE_INFER_POLICY says, else the default) and writes it with all its
+ * numbers into `text`, which has room for 64 bytes. */
+MOE_INFER_EXPORT int moe_infer_policy(const char* policy, char* text);
+
+/* Replays a trace on an empty cache of `slots` slots: the decisions are those of a layer that streams its experts.
+ * Needs no GPU. `hits` (calls): hits of each call; `plan` (offsets[calls]): the call's experts as it treats them.
+ * Either may be NULL. */
+MOE_INFER_EXPORT int moe_infer_simulate(const char* policy, const moe_infer_trace* trace, int32_t slots, int32_t* hits,
+                                        moe_infer_planned_expert* plan);
+
 /* Registers the plugin creators with the TensorRT that this process has loaded; idempotent. MOE_INFER_INVALID
  * with both versions and paths in the message when none is loaded or its major version is not the headers'. */
 MOE_INFER_EXPORT int moe_infer_register(void);
