@@ -61,12 +61,22 @@ __device__ inline Unit read_unit(UnitQueue* queue, QueuePlace const& place) {
   return queue->units[place.index];
 }
 
+// Says that a place may be filled again.
+template <int kCluster>
+__device__ inline void empty_place(UnitQueue* queue, QueuePlace* place) {
+  if constexpr (kCluster == 1) {
+    barrier_arrive(&queue->empty[place->index]);
+  } else {
+    barrier_arrive_at(&queue->empty[place->index], 0);
+  }
+}
+
 // A warp takes the next unit.
 template <int kCluster>
 __device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
   Unit const unit = read_unit<kCluster>(queue, *place);
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive_at(&queue->empty[place->index], 0);
+  if (threadIdx.x % 32 == 0) empty_place<kCluster>(queue, place);
   place->next();
   return unit;
 }
@@ -75,7 +85,7 @@ __device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
 template <int kCluster>
 __device__ inline Unit take_unit_alone(UnitQueue* queue, QueuePlace* place) {
   Unit const unit = read_unit<kCluster>(queue, *place);
-  barrier_arrive_at(&queue->empty[place->index], 0);
+  empty_place<kCluster>(queue, place);
   place->next();
   return unit;
 }
@@ -151,15 +161,16 @@ __device__ void schedule_units(UnitQueue* queue, UnitsOfGroups const& units, int
     barrier_wait(&queue->wanted, wanted_phase);
     Unit const unit = units.at(atomicAdd(&counters[0], 1));
     barrier_wait(&queue->empty[place.index], place.phase ^ 1);
+    if constexpr (kCluster == 1) {
+      queue->units[place.index] = unit;
+      barrier_arrive(&queue->full[place.index]);
+    } else {
 #pragma unroll
-    for (uint32_t rank = 0; rank < kCluster; ++rank) {
-      uint32_t const to = cluster_address(shared_address(&queue->units[place.index]), rank);
-      asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(unit.row), "r"(unit.rows),
-                   "r"(unit.block), "r"(unit.slot)
-                   : "memory");
-      if constexpr (kCluster == 1) {
-        barrier_arrive(&queue->full[place.index]);
-      } else {
+      for (uint32_t rank = 0; rank < kCluster; ++rank) {
+        uint32_t const to = cluster_address(shared_address(&queue->units[place.index]), rank);
+        asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(unit.row), "r"(unit.rows),
+                     "r"(unit.block), "r"(unit.slot)
+                     : "memory");
         barrier_publish_at(&queue->full[place.index], rank);
       }
     }
