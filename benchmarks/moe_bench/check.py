@@ -11,7 +11,11 @@ from moe_bench.inputs import InputSet
 from moe_bench.weights import Experts
 from moe_infer.op import RMS_NORM_EPSILON
 
-TOLERANCES = {"float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
+TOLERANCES = {
+    "float16": (2e-3, 2e-3),
+    "bfloat16": (1.6e-2, 1.6e-2),
+    "float32": (1e-5, 1e-4),
+}
 """(absolute, relative), on every element; the design's."""
 PEER_NORM = {"float16": 2.5e-3, "bfloat16": 2e-2}
 """Relative error in the norm up to which a peer that rounds more often is still taken as right."""

@@ -17,7 +17,11 @@ import torch
 from moe_bench.cases import Case
 from moe_infer.weights.safetensors_header import build_header, parse_header
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 _CHUNK = 64 << 20
 _BUFFERS = 6

@@ -1,0 +1,1 @@
+"""Layers whose experts do not all fit: what streaming.py measures."""

@@ -1,0 +1,55 @@
+"""A plot of times and floors; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_bench.streaming.report import TITLES
+
+COLOURS = {"host": "tab:blue", "device": "tab:green", "accelerate": "tab:red"}
+
+
+def draw(data: Mapping[str, Any], path: Path) -> None:
+    """Bars of the times with their floors as black lines, one picture for each part.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    parts = {
+        part: [p for p in data["points"] if p["part"] == part and "ms" in p] for part in TITLES
+    }
+    parts = {part: found for part, found in parts.items() if found}
+    if not parts:
+        return
+    bars = max(len(found) for found in parts.values())
+    figure = Figure(figsize=(5 * len(parts), 2 + 0.2 * bars), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axis, (part, found) in zip(axes, parts.items(), strict=True):
+        places = list(range(len(found)))
+        axis.barh(
+            places,
+            [p["ms"] for p in found],
+            color=[COLOURS.get(p["mode"], "tab:gray") for p in found],
+        )
+        for place, point in zip(places, found, strict=True):
+            if floor := point.get("floor_ms"):
+                axis.plot([floor, floor], [place - 0.4, place + 0.4], color="black")
+        axis.set_yticks(places, [label(p) for p in found], fontsize=6)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("ms; black: the floor")
+        axis.set_title(TITLES[part], fontsize=8)
+        axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=90)
+
+
+def label(point: Mapping[str, Any]) -> str:
+    """What a bar is about."""
+    slots = "" if point.get("slots") is None else f", {point['slots']} slots"
+    return f"{point['tokens']} tokens{slots}, {point['routing']}, {point['state']}, {point['mode']}"

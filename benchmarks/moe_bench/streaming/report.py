@@ -1,0 +1,79 @@
+"""The measurements as tables. Reads the JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_bench.report import claims_table, markdown_table, number
+
+TITLES = {
+    "A": "A: InfMoE's example, T5_FF, 20 experts of 4096 x 16384, bfloat16",
+    "A32": "A: the same in float32",
+    "B": "B: 48 layers of 128 experts, top 8, 2048 x 768, bfloat16",
+    "C": "C: four Mixtral layers, one token, bfloat16",
+    "D": "D: 2 layers of 128 experts from the disk, almost nothing pinned",
+}
+
+Point = Mapping[str, Any]
+
+
+def text(data: Mapping[str, Any]) -> str:
+    """All tables, notes and claims."""
+    parts = []
+    for part, title in TITLES.items():
+        mine = [point for point in data["points"] if point["part"] == part]
+        if mine:
+            parts += [title, "", table(mine), *notes(mine), ""]
+    failures = [f for run in data["runs"] for f in run["failures"]]
+    parts += [f"part {f['part']} ended early: {f['reason']}" for f in failures]
+    return "\n".join([*parts, claims_table(data["summary"])])
+
+
+def table(points: Sequence[Point]) -> str:
+    """One part."""
+    rows = [
+        [
+            str(point["tokens"]),
+            str(point.get("slots") or ""),
+            point["routing"],
+            point["state"],
+            point["mode"],
+            number(point.get("ms")),
+            f"{number(point.get('p10'))}..{number(point.get('p90'))}" if "ms" in point else "–",
+            number(point.get("floor_ms")),
+            number(point.get("over_floor")),
+            point.get("bound", ""),
+            number(point.get("resident_ms")),
+            number(point.get("gb_a_second")),
+            percent(point.get("bus_share")),
+            percent(point.get("hit_rate")),
+            percent(point.get("replay_hit_rate")),
+            percent(point.get("belady_hit_rate")),
+        ]
+        for point in points
+    ]
+    head = [
+        "tokens", "slots", "routing", "state", "mode", "ms", "p10..p90", "floor", "x floor",
+        "bound", "resident", "GB/s", "of the bus", "hits", "replayed", "Belady",
+    ]  # fmt: skip
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return markdown_table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def notes(points: Sequence[Point]) -> list[str]:
+    """Failures and notes; each text once with what it is about."""
+    seen: dict[str, list[str]] = {}
+    for point in points:
+        said = point.get("failed") or point.get("note")
+        if said:
+            about = f"{point['mode']} {point['tokens']}/{point.get('slots')} {point['state']}"
+            seen.setdefault(f"not available: {said}" if "failed" in point else said, []).append(
+                about
+            )
+    return [f"  {', '.join(about)}: {said[:400]}" for said, about in seen.items()]
+
+
+def percent(value: float | None) -> str:
+    """A part of one."""
+    return "" if value is None else f"{100 * value:.1f} %"
