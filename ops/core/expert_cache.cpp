@@ -88,6 +88,19 @@ void ExpertCache::load_all() {
   ring_.reset();  // nothing will be fetched any more
 }
 
+void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
+  std::copy_n(tables.histories, tables_.expert_count, histories_.begin());
+  std::copy_n(tables.slot_of_expert, tables_.expert_count, slot_of_expert_.begin());
+  std::copy_n(tables.expert_of_slot, tables_.slot_count, expert_of_slot_.begin());
+  tables_.clock = tables.clock;
+  for (int32_t expert = 0; expert < tables.expert_count; ++expert) {
+    use_.lies_in(expert, slot_of_expert_[static_cast<size_t>(expert)]);
+  }
+  // Kernels that were enqueued without this cache may still read or fill slots.
+  taken_.record(stream);
+  taken_.order_before(copy_stream_.get());
+}
+
 void ExpertCache::bring(PlannedExpert const& planned) {
   use_.needed(planned.expert);
   if (planned.hit != 0) {

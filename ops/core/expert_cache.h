@@ -66,6 +66,15 @@ class ExpertCache {
 
   uint8_t const* slots() const { return memory_.bytes(); }
   uint64_t slot_bytes() const { return layout_.bytes; }
+  // What another way to bring experts into these slots goes by (fetch/device_fetch.h).
+  ExpertStore const& store() const { return *store_; }
+  SlotLayout const& layout() const { return layout_; }
+  DataType dtype() const { return dtype_; }
+  PolicySettings const& policy() const { return policy_; }
+  CacheTables const& tables() const { return tables_; }
+  // Takes what another has decided and brought in. Copies of this cache are then ordered behind what is enqueued on
+  // `stream` so far.
+  void set_tables(CacheTables const& tables, cudaStream_t stream);
   // Device array 0, 1, 2, ...: slot_of_group for groups of one expert point into it; resident layers use all of it.
   int32_t const* slot_numbers() const { return numbers_.as<int32_t>(); }
   // Slots, counters, and where each expert lies. Any thread, also while another runs the layer.
@@ -106,6 +115,7 @@ class ExpertCache {
   uint64_t staging_bytes_ = 0;  // of each half
   Stream copy_stream_, pack_stream_;
   Event copied_;                   // the last copy that was enqueued
+  Event taken_;                    // what was enqueued before set_tables
   Event staged_[2], unstaged_[2];  // half of the staging buffer is full, is read
   uint64_t staging_turn_ = 0;
   std::shared_ptr<HostRing> ring_;  // only if some expert is not pinned

@@ -1,5 +1,6 @@
 #include "core/layer.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <utility>
@@ -16,6 +17,9 @@ namespace moe_infer {
 namespace {
 
 constexpr size_t kTensorAlignment = 16;
+// With more tokens in a run the host fetches where it may: the copy engine is faster than a kernel that reads host
+// memory, and the time in which the host waits for the counts no longer matters.
+constexpr int64_t kMostTokensFromDevice = 64;
 
 RouterParams params_of(LayerConfig const& config, float const* router_bias) {
   RouterParams params;
@@ -73,7 +77,7 @@ size_t LayerPlan::layout(int64_t tokens, uint8_t* base, Workspace* workspace) co
       Routing::layout(tokens, config_.top_k, config_.expert_count, inputs_.has_logits, base, &parts.routing));
   parts.grouped = slices.take<uint8_t>(static_cast<size_t>(rows) * row_bytes);
   parts.expert_output = slices.take<uint8_t>(static_cast<size_t>(rows) * row_bytes);
-  parts.sub_layer = slices.take<uint8_t>(sub_layer_->workspace_bytes(rows, streams() ? 1 : config_.expert_count));
+  parts.sub_layer = slices.take<uint8_t>(sub_layer_->workspace_bytes(rows, config_.expert_count));
   if (workspace != nullptr) {
     *workspace = parts;
   }
@@ -113,6 +117,39 @@ void MoELayer::make_cache() {
                                          std::move(layout), inputs.dtype);
   counts_ = allocate_pinned(sizeof(int32_t) * static_cast<size_t>(config.expert_count));
   counts_read_ = std::make_unique<Event>();
+  streamed_ = std::make_unique<Event>();
+  fetch_mode_ = fetch_mode_from_environment();
+  if (fetch_mode_ == FetchMode::kHost) {
+    why_not_device_ = "MOE_INFER_FETCH=host";
+    return;
+  }
+  why_not_device_ = DeviceFetch::why_not(*cache_);
+  if (why_not_device_.empty()) {
+    device_fetch_ = std::make_unique<DeviceFetch>(*cache_);
+  } else if (fetch_mode_ == FetchMode::kDevice) {
+    throw invalid("MoELayer: the device cannot fetch (MOE_INFER_FETCH=device): " + why_not_device_);
+  }
+}
+
+MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
+  auto const& config = plan_.config();
+  int64_t const most_needed = std::min<int64_t>(tokens * config.top_k, config.expert_count);
+  bool const fits = most_needed <= config.max_concurrency;
+  if (device_fetch_ != nullptr && fits &&
+      (captures || fetch_mode_ == FetchMode::kDevice || tokens <= kMostTokensFromDevice)) {
+    return Experts::kFromDevice;
+  }
+  if (captures) {
+    std::string const why = device_fetch_ == nullptr
+                                ? why_not_device_
+                                : std::to_string(tokens) + " tokens may need " + std::to_string(most_needed) +
+                                      " experts, and there are " + std::to_string(config.max_concurrency) +
+                                      " slots (max_concurrency)";
+    throw invalid("MoELayer: a CUDA graph can capture a layer that streams its experts only if the device fetches them: " +
+                  why + "; or set max_concurrency to expert_count (" + std::to_string(config.expert_count) +
+                  "), or do not use CUDA graphs");
+  }
+  return Experts::kFromHost;
 }
 
 MoELayer::~MoELayer() = default;
@@ -128,30 +165,72 @@ void MoELayer::run(void const* hidden_states, void const* router_logits, void* o
       throw invalid("MoELayer: the workspace for " + std::to_string(tokens) + " tokens must have " +
                     std::to_string(needed) + " bytes, got " + std::to_string(workspace_bytes));
     }
-    check_run(hidden_states, router_logits, output, workspace, stream);
-    auto const& config = plan_.config();
-    auto const& inputs = plan_.inputs();
-    select(hidden_states, router_logits, tokens, slices, stream);
-    if (runs_single_token(tokens) && !plan_.streams() && plan_.sub_layer().has_run_token()) {
-      run_resident_token(hidden_states, output, slices, stream);
+    check_run(hidden_states, router_logits, output, workspace);
+    if (plan_.streams()) {
+      run_streaming(hidden_states, router_logits, output, tokens, slices, stream);
     } else {
-      group(hidden_states, tokens, slices, stream);
-      if (plan_.streams()) {
-        run_streaming(tokens * config.top_k, slices, stream);
-      } else {
-        run_resident(tokens * config.top_k, slices, stream);
-      }
-      combine(slices.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
-              slices.routing, output, overlaps(), stream);
+      run_experts(Experts::kResident, hidden_states, router_logits, output, tokens, slices, stream);
     }
   }
   ++runs_;
   tokens_ += tokens;
 }
 
-void MoELayer::check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
-                         cudaStream_t stream) const {
+void MoELayer::run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
+                             Workspace const& workspace, cudaStream_t stream) {
+  std::lock_guard<std::mutex> const lock(streaming_);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  MOE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  bool const captures = capture != cudaStreamCaptureStatusNone;
+  auto const experts = who_brings(tokens, captures);
+  // On several streams: a fetch by the device must not overwrite what a run on another stream still reads. ExpertCache
+  // knows that for each slot; the device does not. A graph cannot wait for what is outside of it.
+  bool const in_turn = device_fetch_ != nullptr && !captures;
+  if (in_turn) streamed_->order_before(stream);
+  try {
+    run_experts(experts, hidden_states, router_logits, output, tokens, workspace, stream);
+  } catch (...) {
+    if (in_turn) streamed_->record(stream);  // part of the work may be enqueued
+    throw;
+  }
+  if (in_turn) streamed_->record(stream);
+}
+
+void MoELayer::run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output,
+                           int64_t tokens, Workspace const& workspace, cudaStream_t stream) {
   auto const& config = plan_.config();
+  auto const& inputs = plan_.inputs();
+  int64_t const rows = tokens * config.top_k;
+  bool const overlap = experts != Experts::kFromHost && is_hopper();
+  auto const groups = all_groups(experts, workspace);
+  select(hidden_states, router_logits, tokens, workspace, stream);
+  if (experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token()) {
+    if (experts == Experts::kFromDevice) {
+      NeededExperts needed;
+      needed.choices = workspace.routing.expert_of_choice;
+      needed.choice_count = config.top_k;
+      device_fetch_->enqueue(needed, overlap, stream);
+    }
+    run_token(hidden_states, output, workspace, groups, overlap, stream);
+    return;
+  }
+  group(hidden_states, tokens, workspace, overlap, stream);
+  if (experts == Experts::kFromHost) {
+    run_from_host(rows, workspace, stream);
+  } else {
+    if (experts == Experts::kFromDevice) {
+      NeededExperts needed;
+      needed.counts = workspace.routing.counts;
+      device_fetch_->enqueue(needed, overlap, stream);
+    }
+    plan_.sub_layer().run(call(rows, workspace, groups, overlap, stream));
+  }
+  combine(workspace.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
+          workspace.routing, output, overlap, stream);
+}
+
+void MoELayer::check_run(void const* hidden_states, void const* router_logits, void* output,
+                         void const* workspace) const {
   check_aligned("hidden_states", hidden_states, kTensorAlignment);
   check_aligned("output", output, kTensorAlignment);
   check_aligned("workspace", workspace, kSliceAlignment);
@@ -162,15 +241,6 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   if (device != device_) {
     throw invalid("MoELayer: the layer was made on CUDA device " + std::to_string(device_) +
                   ", but the current device is " + std::to_string(device));
-  }
-  if (plan_.streams()) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    MOE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-    if (capture != cudaStreamCaptureStatusNone) {
-      throw invalid("MoELayer: a CUDA graph cannot capture a layer that streams its experts (max_concurrency " +
-                    std::to_string(config.max_concurrency) + ", expert_count " + std::to_string(config.expert_count) +
-                    "); set max_concurrency to expert_count, or do not use CUDA graphs");
-    }
   }
 }
 
@@ -188,16 +258,17 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, int6
   select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
 }
 
-void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const {
+void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
+                     cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   auto const& routing = workspace.routing;
-  group_by_expert(tokens, config.expert_count, config.top_k, routing, overlaps(), stream);
-  gather_rows(hidden_states, inputs.dtype, tokens, inputs.d_model, config.top_k, routing, workspace.grouped, overlaps(),
+  group_by_expert(tokens, config.expert_count, config.top_k, routing, overlap, stream);
+  gather_rows(hidden_states, inputs.dtype, tokens, inputs.d_model, config.top_k, routing, workspace.grouped, overlap,
               stream);
 }
 
-ExpertGroups MoELayer::all_groups(Workspace const& workspace) const {
+ExpertGroups MoELayer::all_groups(Experts experts, Workspace const& workspace) const {
   ExpertGroups groups;
   groups.count = plan_.config().expert_count;
   groups.row_begin = workspace.routing.row_begin;
@@ -207,17 +278,19 @@ ExpertGroups MoELayer::all_groups(Workspace const& workspace) const {
     groups.slots = cache_->slots();
     groups.slot_bytes = cache_->slot_bytes();
   }
+  if (experts == Experts::kFromDevice) {
+    groups.slot_of_group = device_fetch_->slot_of_expert();
+    groups.there = device_fetch_->there();
+  }
   return groups;
 }
-
-bool MoELayer::overlaps() const { return !plan_.streams() && is_hopper(); }
 
 bool MoELayer::runs_single_token(int64_t tokens) const {
   return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;
 }
 
-void MoELayer::run_resident_token(void const* hidden_states, void* output, Workspace const& workspace,
-                                  cudaStream_t stream) const {
+void MoELayer::run_token(void const* hidden_states, void* output, Workspace const& workspace,
+                         ExpertGroups const& groups, bool overlap, cudaStream_t stream) const {
   auto const& config = plan_.config();
   TokenChoices token;
   token.hidden_states = hidden_states;
@@ -226,44 +299,60 @@ void MoELayer::run_resident_token(void const* hidden_states, void* output, Works
   token.top_k = config.top_k;
   token.keep = config.router == Router::kBaseLayer;
   token.output = output;
-  plan_.sub_layer().run_token(all_groups(workspace), token, workspace.sub_layer, overlaps(), stream);
+  plan_.sub_layer().run_token(groups, token, workspace.sub_layer, overlap, stream);
 }
 
-SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, cudaStream_t stream) const {
+SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, ExpertGroups const& groups, bool overlap,
+                            cudaStream_t stream) const {
   SubLayerCall call;
-  call.groups = all_groups(workspace);
+  call.groups = groups;
   call.input = workspace.grouped;
   call.output = workspace.expert_output;
   call.rows = rows;
   call.expert_count = plan_.config().expert_count;
   call.counters = workspace.routing.counters;
-  call.overlap = overlaps();
+  call.overlap = overlap;
   call.single_token = runs_single_token(rows / plan_.config().top_k);
   call.workspace = workspace.sub_layer;
   call.stream = stream;
   return call;
 }
 
-void MoELayer::run_resident(int64_t rows, Workspace const& workspace, cudaStream_t stream) const {
-  plan_.sub_layer().run(call(rows, workspace, stream));
-}
-
-void MoELayer::run_streaming(int64_t rows, Workspace const& workspace, cudaStream_t stream) {
-  std::lock_guard<std::mutex> const lock(streaming_);
+void MoELayer::run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream) {
   auto* const counts = counts_.as<int32_t>();
+  if (device_fetch_ != nullptr) device_fetch_->begin_take(stream);
   MOE_CUDA_CHECK(cudaMemcpyAsync(counts, workspace.routing.counts,
                                  sizeof(int32_t) * static_cast<size_t>(plan_.config().expert_count),
                                  cudaMemcpyDeviceToHost, stream));
   counts_read_->record(stream);
   counts_read_->wait();
-  cache_->run_needed(counts, stream, [&](int32_t expert, int32_t slot) {
-    auto one = call(rows, workspace, stream);
+  if (device_fetch_ != nullptr) device_fetch_->end_take(cache_.get(), stream);
+  auto const groups = all_groups(Experts::kFromHost, workspace);
+  auto const use = [&](int32_t expert, int32_t slot) {
+    auto one = call(rows, workspace, groups, false, stream);
     one.groups.count = 1;
     one.groups.row_begin += expert;
     one.groups.row_end += expert;
     one.groups.slot_of_group += slot;
     plan_.sub_layer().run(one);
-  });
+  };
+  try {
+    cache_->run_needed(counts, stream, use);
+  } catch (...) {
+    if (device_fetch_ != nullptr) device_fetch_->return_tables(*cache_, stream);
+    throw;
+  }
+  if (device_fetch_ != nullptr) device_fetch_->return_tables(*cache_, stream);
+}
+
+std::string MoELayer::note() const {
+  if (!plan_.streams()) return "";
+  std::string note = cache_->note();
+  if (device_fetch_ == nullptr) {
+    if (!note.empty()) note += "; ";
+    note += "the host fetches its experts, which no CUDA graph can capture: " + why_not_device_;
+  }
+  return note;
 }
 
 LayerStatistics MoELayer::statistics() const {
@@ -280,6 +369,7 @@ LayerStatistics MoELayer::statistics() const {
   statistics.counters.stall_ns = -1;  // the host enqueues the waits and does not see how long they are
   if (cache_ != nullptr) {
     cache_->add_statistics(&statistics);
+    if (device_fetch_ != nullptr) device_fetch_->add_statistics(&statistics);
   }
   return statistics;
 }

@@ -13,6 +13,7 @@
 #include "core/expert_store.h"
 #include "core/layer_config.h"
 #include "core/live_layers.h"
+#include "fetch/device_fetch.h"
 #include "route/route.h"
 #include "sublayers/sub_layer.h"
 
@@ -61,9 +62,10 @@ class MoELayer {
   // The same function slices the workspace in run.
   size_t workspace_bytes(int64_t tokens) const;
 
-  // Resident: enqueues only, so it can be captured in a CUDA graph. Streaming (max_concurrency < expert_count): reads
-  // the counts back once, hence refuses to be captured. The device must be the one on which the layer was made. Several
-  // threads may run it, each on its own workspace and stream; while it streams they take turns.
+  // Resident, or the device fetches: enqueues only, so it can be captured in a CUDA graph. When the host fetches it
+  // reads the counts back once, hence refuses to be captured. The device must be the one on which the layer was made.
+  // Several threads may run it, each on its own workspace and stream; while it streams they take turns. Replays of a
+  // graph that streams are ordered by the caller, with each other and with other runs of the layer.
   void run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
            size_t workspace_bytes, cudaStream_t stream);
 
@@ -72,23 +74,30 @@ class MoELayer {
   // count. A resident layer's choices stay on the device: it counts runs and tokens, and not the uses of its experts.
   LayerStatistics statistics() const;
   // What a user should know about how the experts reach the device, as a sentence for a log; "" if nothing.
-  std::string note() const { return plan_.streams() ? cache_->note() : std::string(); }
+  std::string note() const;
 
  private:
+  // Who brings the experts of a run.
+  enum class Experts { kResident, kFromDevice, kFromHost };
+
   void make_cache();
-  void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace,
-                 cudaStream_t stream) const;
+  Experts who_brings(int64_t tokens, bool captures) const;
+  void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace) const;
+  void run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
+                   Workspace const& workspace, cudaStream_t stream);
   void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
               cudaStream_t stream) const;
-  void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, cudaStream_t stream) const;
+  void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
+             cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
-  void run_resident_token(void const* hidden_states, void* output, Workspace const& workspace,
-                          cudaStream_t stream) const;
-  void run_resident(int64_t rows, Workspace const& workspace, cudaStream_t stream) const;
-  void run_streaming(int64_t rows, Workspace const& workspace, cudaStream_t stream);
-  ExpertGroups all_groups(Workspace const& workspace) const;
-  bool overlaps() const;
-  SubLayerCall call(int64_t rows, Workspace const& workspace, cudaStream_t stream) const;
+  void run_token(void const* hidden_states, void* output, Workspace const& workspace, ExpertGroups const& groups,
+                 bool overlap, cudaStream_t stream) const;
+  void run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
+                     Workspace const& workspace, cudaStream_t stream);
+  void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);
+  ExpertGroups all_groups(Experts experts, Workspace const& workspace) const;
+  SubLayerCall call(int64_t rows, Workspace const& workspace, ExpertGroups const& groups, bool overlap,
+                    cudaStream_t stream) const;
 
   LayerPlan plan_;
   int device_;
@@ -98,7 +107,10 @@ class MoELayer {
   std::shared_ptr<ExpertCache> cache_;  // null for a sub-layer without weights; shared when all experts stay
   std::mutex streaming_;                // guards what follows, and the cache while it streams
   PinnedMemory counts_;
-  std::unique_ptr<Event> counts_read_;
+  std::unique_ptr<Event> counts_read_, streamed_;  // streamed_: the last run that used the slots
+  FetchMode fetch_mode_ = FetchMode::kAuto;
+  std::unique_ptr<DeviceFetch> device_fetch_;  // null: only the host fetches
+  std::string why_not_device_;
   std::atomic<int64_t> runs_{0}, tokens_{0};
   LiveLayer live_;  // last: who is listed is whole
 };

@@ -120,6 +120,7 @@ void run(GroupedGemm const& gemm) {
   product.has_bias = gemm.has_bias;
   product.bias_offset = gemm.bias_offset;
   product.counters = gemm.counters;
+  product.after_fetch = gemm.after_fetch && gemm.overlap;
   if (gemm.dtype == DataType::kBFloat16) {
     gemm.activation.gated ? launch_bfloat16_gated(launch, product) : launch_bfloat16(launch, product);
   } else {

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       schedule_units<TileT::kCluster>(&shared->queue, units, product.counters,
                                       static_cast<int32_t>(gridDim.x) / TileT::kCluster);
     } else if (warp == 2) {
-      wait_for_previous_kernel();
+      if (!product.after_fetch) wait_for_previous_kernel();
       start_next_kernel();
     }
   } else {

@@ -146,7 +146,7 @@ class Multiplier {
 
   template <int kN>
   __device__ __forceinline__ void store(Unit const& unit, float (&sums)[kN / 2]) {
-    if (!waited_) {
+    if (!waited_ && !product_->after_fetch) {
       wait_for_previous_kernel();  // it may still read what this one is about to overwrite
       waited_ = true;
     }

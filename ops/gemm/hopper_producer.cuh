@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/grid_dependency.cuh"
+#include "fetch/arrivals.cuh"
 #include "gemm/hopper_primitives.cuh"
 #include "gemm/hopper_tile.cuh"
 #include "gemm/hopper_units.cuh"
@@ -23,8 +24,9 @@ class Producer {
     // The first unit's weights depend on no other kernel: they are on their way while the one before still runs.
     int32_t const k_steps = product_->k_steps;
     int32_t early = unit.rows == 0 ? 0 : min(k_steps, TileT::kStages);
+    wait_for_weights(unit);
     for (int32_t step = 0; step < early; ++step) copy_weights(unit, step);
-    wait_for_previous_kernel();
+    if (!product_->after_fetch) wait_for_previous_kernel();
 
     // Late (schedule_units), but so that the next unit is there when this one's last copies are on their way.
     int32_t const ask_at = max(0, k_steps - kAskAhead);
@@ -36,6 +38,7 @@ class Producer {
       }
       early = 0;
       unit = take_unit_alone<TileT::kCluster>(&shared_->queue, &queue);
+      wait_for_weights(unit);
     }
   }
 
@@ -46,6 +49,13 @@ class Producer {
 
   __device__ void ask_for_unit() {
     if (rank_ == 0) barrier_arrive(&shared_->queue.wanted);
+  }
+
+  // Experts may be on their way; the copy engine must see what another multiprocessor has stored.
+  __device__ void wait_for_weights(Unit const& unit) {
+    if (product_->groups.there == nullptr || unit.rows == 0) return;
+    wait_for_expert(product_->groups.there, unit.slot);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
   }
 
   // Of the input, for a unit; each block of the cluster copies every second one.

@@ -65,6 +65,7 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   gemm.expert_count = call.expert_count;
   gemm.counters = call.counters;
   gemm.overlap = call.overlap;
+  gemm.after_fetch = call.groups.there != nullptr && input == call.input;  // else another kernel comes first
   gemm.stream = call.stream;
   gemm.workspace = workspace + inner_bytes(call.rows);
 
@@ -80,6 +81,7 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   if (gate_after) gate_rows_in_place(call, shape.hidden_size, activation, reinterpret_cast<float*>(workspace));
 
   if (call.counters != nullptr) gemm.counters = call.counters + 2;
+  gemm.after_fetch = false;
   gemm.n = shape.d_model;
   gemm.k = shape.hidden_size;
   gemm.weight_offset = offsets.down;

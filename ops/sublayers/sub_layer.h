@@ -52,6 +52,10 @@ struct ExpertGroups {
   int32_t const* slot_of_group = nullptr;
   uint8_t const* slots = nullptr;
   uint64_t slot_bytes = 0;
+  // (slots) Not null: experts are on their way while the call's kernels start; who reads a slot waits until there[slot]
+  // is not 0 (fetch/arrivals.cuh). Then the first kernel of the call does not wait for the one before it, which is
+  // still copying: what precedes that one is done. Kernels that do not know of it must not overlap.
+  uint32_t const* there = nullptr;
 };
 
 constexpr int32_t kCountersOfCall = 4;

@@ -6,6 +6,7 @@
 #include "core/launch.h"
 #include "core/layer_config.h"
 #include "core/slices.h"
+#include "fetch/arrivals.cuh"
 #include "gemm/group_search.cuh"
 #include "sublayers/token_feed_forward.h"
 
@@ -47,7 +48,9 @@ struct Expert {
 __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert) {
   int32_t slot;
   if (p.expert_of_choice != nullptr) {
-    slot = p.expert_of_choice[choice];  // all are resident, each in the slot of its number
+    slot = p.expert_of_choice[choice];
+    // When all are resident, each lies in the slot of its number.
+    if (p.groups.there != nullptr) slot = p.groups.slot_of_group[slot];
     expert->row = choice;
   } else {
     expert->row = p.groups.row_begin[0];
@@ -56,6 +59,15 @@ __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert)
   }
   expert->slot = p.groups.slots + static_cast<uint64_t>(slot) * p.groups.slot_bytes;
   return true;
+}
+
+// The block waits until the choice's expert is there.
+__device__ void wait_for_expert_of(Parameters const& p, int32_t choice, Expert* expert) {
+  if (p.groups.there == nullptr) return;
+  if (threadIdx.x == 0) wait_for_expert(p.groups.there, p.groups.slot_of_group[p.expert_of_choice[choice]]);
+  __syncthreads();
+  // load_once may not be moved before this.
+  asm volatile("" : "+l"(expert->slot)::"memory");
 }
 
 // 16 bytes that are read once: they need not stay in the L1 cache.
@@ -189,10 +201,11 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
   auto* const staged = reinterpret_cast<T*>(raw);
-  wait_for_previous_kernel();
+  if (p.groups.there == nullptr) wait_for_previous_kernel();
   start_next_kernel();
   Expert expert;
   if (!find_expert(p, static_cast<int32_t>(blockIdx.y), &expert)) return;
+  wait_for_expert_of(p, static_cast<int32_t>(blockIdx.y), &expert);
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   auto const* token = static_cast<T const*>(p.token);

@@ -1,0 +1,181 @@
+#include "fetch/device_fetch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "core/cuda_check.h"
+
+namespace moe_infer {
+namespace {
+
+constexpr uint64_t kAlignment = 16;
+// What a block has in flight at once (copy_experts.cu).
+constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
+// Enough for the bus's full speed; every block is taken from the kernels that compute meanwhile.
+constexpr unsigned kBlocks = 4;
+
+unsigned blocks_from_environment() {
+  // For benchmarks/streaming.py, which measures what kBlocks should be.
+  char const* const text = std::getenv("MOE_INFER_FETCH_BLOCKS");
+  int const blocks = text == nullptr ? 0 : std::atoi(text);
+  return blocks >= 1 && blocks <= 64 ? static_cast<unsigned>(blocks) : kBlocks;
+}
+
+template <class T>
+DeviceMemory upload(std::vector<T> const& values) {
+  size_t const bytes = sizeof(T) * values.size();
+  auto memory = allocate_device(bytes, "the list of what a fetch copies", "free some GPU memory");
+  MOE_CUDA_CHECK(cudaMemcpy(memory.bytes(), values.data(), bytes, cudaMemcpyHostToDevice));
+  return memory;
+}
+
+std::vector<FetchChunk> chunks_of(std::vector<ExpertPiece> const& pieces, SlotLayout const& layout) {
+  std::vector<FetchChunk> chunks;
+  for (auto const& piece : pieces) {
+    auto const at = layout.offsets[static_cast<size_t>(piece.tensor)];
+    for (uint64_t offset = 0; offset < piece.bytes(); offset += kChunkBytes) {
+      auto const bytes = static_cast<uint32_t>(std::min(kChunkBytes, piece.bytes() - offset));
+      chunks.push_back({piece.tensor, bytes, offset, at + offset});
+    }
+  }
+  return chunks;
+}
+
+// Each tensor as one piece, in the order of the tensors.
+bool lies_as_in_slots(std::vector<ExpertPiece> const& pieces, SlotLayout const& layout, DataType dtype) {
+  if (pieces.size() != layout.offsets.size()) return false;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    auto const& piece = pieces[i];
+    if (piece.tensor != static_cast<int32_t>(i) || piece.row_stride != 1 || piece.first_row != 0 ||
+        piece.dtype != dtype) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+FetchMode fetch_mode_from_environment() {
+  char const* const text = std::getenv("MOE_INFER_FETCH");
+  std::string const mode = text == nullptr ? "" : text;
+  if (mode.empty() || mode == "auto") return FetchMode::kAuto;
+  if (mode == "host") return FetchMode::kHost;
+  if (mode == "device") return FetchMode::kDevice;
+  throw invalid("MOE_INFER_FETCH must be auto, host or device, got '" + mode + "'");
+}
+
+std::string DeviceFetch::why_not(ExpertCache const& cache) {
+  auto const& store = cache.store();
+  for (int32_t expert = 0; expert < cache.tables().expert_count; ++expert) {
+    auto const& pieces = store.pieces(expert);
+    if (!lies_as_in_slots(pieces, cache.layout(), cache.dtype())) {
+      return store.path() + " holds experts in another type or row order than the kernels read; write it with "
+                            "moe_infer.rewrite, in the model's type";
+    }
+    if (!store.is_pinned(expert)) {
+      return "not all experts are in page-locked memory; raise MOE_INFER_PINNED_BYTES";
+    }
+    for (auto const& piece : pieces) {
+      if (reinterpret_cast<uintptr_t>(piece.data) % kAlignment != 0) {
+        return store.path() + " has tensors that do not begin at a multiple of 16 bytes; write it with "
+                              "moe_infer.rewrite";
+      }
+    }
+  }
+  return "";
+}
+
+DeviceFetch::DeviceFetch(ExpertCache const& cache)
+    : policy_(cache.policy()),
+      experts_(cache.tables().expert_count),
+      slots_(cache.tables().slot_count),
+      device_(current_device()),
+      blocks_(blocks_from_environment()) {
+  std::vector<void const*> tensors;
+  for (int32_t expert = 0; expert < experts_; ++expert) {
+    for (auto const& piece : cache.store().pieces(expert)) {
+      void* address = nullptr;
+      MOE_CUDA_CHECK(cudaHostGetDevicePointer(&address, const_cast<void*>(piece.data), 0));
+      tensors.push_back(address);
+    }
+  }
+  auto const chunks = chunks_of(cache.store().pieces(0), cache.layout());
+  for (auto const& chunk : chunks) expert_bytes_ += chunk.bytes;
+  sources_ = upload(tensors);
+  chunks_ = upload(chunks);
+  source_.tensors = sources_.as<uint8_t const*>();
+  source_.tensor_count = static_cast<int32_t>(cache.layout().offsets.size());
+  source_.chunks = chunks_.as<FetchChunk>();
+  source_.chunk_count = static_cast<int32_t>(chunks.size());
+  source_.slots = const_cast<uint8_t*>(cache.slots());
+  source_.slot_bytes = cache.slot_bytes();
+
+  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &tables_, &shared_bytes_);
+  memory_ = allocate_device(bytes, "the tables of an expert cache", "free some GPU memory");
+  FetchTables::layout(experts_, slots_, memory_.bytes(), &tables_, &shared_bytes_);
+  MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));
+  staging_ = allocate_pinned(shared_bytes_);
+  cudaStream_t const stream = nullptr;
+  return_tables(cache, stream);
+  MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+void DeviceFetch::enqueue(NeededExperts const& needed, bool overlap, cudaStream_t stream) const {
+  plan_fetch(policy_, experts_, slots_, needed, tables_, overlap, stream);
+  copy_experts(source_, tables_, blocks_, overlap, stream);
+}
+
+void DeviceFetch::begin_take(cudaStream_t stream) {
+  MOE_CUDA_CHECK(
+      cudaMemcpyAsync(staging_.bytes(), memory_.bytes(), shared_bytes_, cudaMemcpyDeviceToHost, stream));
+}
+
+void DeviceFetch::end_take(ExpertCache* cache, cudaStream_t stream) const { cache->set_tables(on_host(), stream); }
+
+void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
+  auto const& from = cache.tables();
+  CacheTables const to = on_host();
+  std::memcpy(to.histories, from.histories, sizeof(ExpertHistory) * static_cast<size_t>(experts_));
+  std::memcpy(to.slot_of_expert, from.slot_of_expert, sizeof(int32_t) * static_cast<size_t>(experts_));
+  std::memcpy(to.expert_of_slot, from.expert_of_slot, sizeof(int32_t) * static_cast<size_t>(slots_));
+  std::memcpy(staging_.bytes(), &from.clock, sizeof(from.clock));
+  MOE_CUDA_CHECK(
+      cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
+  // Whatever is in a slot by then is there: any value but 0 says so.
+  MOE_CUDA_CHECK(cudaMemsetAsync(tables_.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
+}
+
+CacheTables DeviceFetch::on_host() const {
+  FetchTables staged;
+  size_t bytes = 0;
+  FetchTables::layout(experts_, slots_, staging_.bytes(), &staged, &bytes);  // only what is shared is there
+  CacheTables tables;
+  tables.expert_count = experts_;
+  tables.slot_count = slots_;
+  tables.slot_of_expert = staged.slot_of_expert;
+  tables.expert_of_slot = staged.expert_of_slot;
+  tables.histories = staged.histories;
+  tables.clock = *staged.clock;
+  return tables;
+}
+
+void DeviceFetch::add_statistics(LayerStatistics* statistics) const {
+  DeviceGuard const guard(device_);
+  FetchCounters counters;
+  std::vector<int64_t> uses(static_cast<size_t>(experts_));
+  MOE_CUDA_CHECK(cudaDeviceSynchronize());  // the caller's streams are not known here
+  MOE_CUDA_CHECK(cudaMemcpy(&counters, tables_.counters, sizeof(counters), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), tables_.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), tables_.slot_of_expert, sizeof(int32_t) * uses.size(),
+                            cudaMemcpyDeviceToHost));
+  for (size_t i = 0; i < uses.size(); ++i) statistics->uses[i] += uses[i];
+  statistics->counters.hits += counters.hits;
+  statistics->counters.misses += counters.misses;
+  statistics->counters.evictions += counters.evictions;
+  statistics->counters.bytes_fetched += counters.misses * static_cast<int64_t>(expert_bytes_);
+}
+
+}  // namespace moe_infer

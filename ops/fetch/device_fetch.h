@@ -1,0 +1,71 @@
+// Experts that the device fetches by itself, without the host: routing stays on the device, one kernel decides which
+// slots they take, another copies them out of page-locked host memory, and the kernels that compute run those that are
+// there while others are on their way. So a layer that streams can be captured in a CUDA graph.
+//
+// For layers whose experts lie in page-locked memory as the slots hold them, and calls that need no more experts than
+// there are slots. Other calls go through ExpertCache (expert_cache.h), on the same tables: they lie on the device, and
+// the host takes them for such a call and brings them back.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/device_memory.h"
+#include "core/expert_cache.h"
+#include "core/statistics.h"
+#include "fetch/fetch_kernels.h"
+#include "sublayers/sub_layer.h"
+
+namespace moe_infer {
+
+// Environment variable MOE_INFER_FETCH.
+enum class FetchMode {
+  kAuto,    // the device where it is faster or the only way
+  kHost,    // never the device
+  kDevice,  // the device for every call that it can serve; a layer that it cannot serve is refused
+};
+// Throws Error(MOE_INFER_INVALID).
+FetchMode fetch_mode_from_environment();
+
+class DeviceFetch {
+ public:
+  // Why the device cannot fetch this cache's experts, as a part of a sentence; "": it can.
+  static std::string why_not(ExpertCache const& cache);
+
+  explicit DeviceFetch(ExpertCache const& cache);
+
+  // Enqueues the fetch of what the call needs: at most as many experts as there are slots. `overlap`: the kernel before
+  // and the next are of this library; the next one must follow ExpertGroups::there.
+  void enqueue(NeededExperts const& needed, bool overlap, cudaStream_t stream) const;
+  // Where enqueue finds and puts experts.
+  int32_t const* slot_of_expert() const { return tables_.slot_of_expert; }
+  uint32_t const* there() const { return tables_.there; }
+
+  // For a call that the host drives. begin_take copies the tables as `stream` has them; when the stream is there,
+  // end_take hands them to the cache; return_tables brings them back, in the order of `stream`. One call at a time.
+  void begin_take(cudaStream_t stream);
+  void end_take(ExpertCache* cache, cudaStream_t stream) const;
+  void return_tables(ExpertCache const& cache, cudaStream_t stream);
+
+  // Adds what was counted here; waits for the device.
+  void add_statistics(LayerStatistics* statistics) const;
+
+ private:
+  CacheTables on_host() const;  // the copy in page-locked memory
+
+  PolicySettings policy_;
+  int32_t experts_, slots_;
+  int device_;
+  unsigned blocks_;
+  uint64_t expert_bytes_ = 0;  // that a fetch copies
+  DeviceMemory memory_, sources_, chunks_;
+  PinnedMemory staging_;
+  size_t shared_bytes_ = 0;
+  FetchTables tables_;
+  FetchSource source_;
+};
+
+}  // namespace moe_infer

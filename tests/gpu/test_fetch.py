@@ -1,0 +1,218 @@
+"""Experts that the device fetches: the same bits as resident ones, the host's decisions, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("moe_infer.runtime.native")
+
+from gpu_layers import Buffer, make_attributes, make_input, make_layer, run, same_bits  # noqa: E402
+from gpu_threads import in_threads  # noqa: E402
+
+from layer_models import NUMPY  # noqa: E402
+from moe_infer.op import DTYPES, SUBLAYERS  # noqa: E402
+
+pytestmark = pytest.mark.needs_library
+Array = np.ndarray[Any, Any]
+EXPERTS, D_MODEL, HIDDEN = 16, 64, 96
+WITH_WEIGHTS = [name for name, sublayer in SUBLAYERS.items() if sublayer.tensors]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+def attributes_of(folder: Path, sublayer: str, dtype: str, slots: int, **more: Any) -> Any:
+    size = (EXPERTS, D_MODEL, HIDDEN)
+    made = make_attributes(folder, sublayer, "softmax_topk", *size, 2, dtype, **more)
+    return {**made, "max_concurrency": slots}
+
+
+def logits_for(*experts: tuple[int, ...], dtype: str = "float32") -> Array:
+    """Router logits of tokens, each of which chooses these experts, the first one most."""
+    logits = np.full((len(experts), EXPERTS), -4.0)
+    for token, chosen in enumerate(experts):
+        logits[token, list(chosen)] = 2 - 0.5 * np.arange(len(chosen))
+    return logits.astype(NUMPY[dtype])
+
+
+def random_choices(seed: int, tokens: int) -> list[tuple[int, ...]]:
+    """Skewed, so that some experts come back often."""
+    rng = np.random.default_rng(seed)
+    likely = 1.0 / (1 + np.arange(EXPERTS))
+    likely /= likely.sum()
+    return [tuple(rng.choice(EXPERTS, 2, replace=False, p=likely)) for _ in range(tokens)]
+
+
+@pytest.fixture(params=["device", "auto"])
+def fetch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MOE_INFER_FETCH", request.param)
+    yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sublayer", WITH_WEIGHTS)
+def test_the_device_gives_the_bits_of_resident_experts(
+    folder: Path, sublayer: str, dtype: str, fetch: str
+) -> None:
+    """1 token, few, and more than the slots can hold at once, which the host then fetches."""
+    resident = attributes_of(folder, sublayer, dtype, EXPERTS)
+    inputs = [
+        make_input(tokens, D_MODEL, dtype, seed=s) for s in (1, 2) for tokens in (1, 3, 1, 40)
+    ]
+    with make_layer(resident, D_MODEL, dtype) as layer:
+        expected = [run(layer, x) for x in inputs]
+    for slots in (6, 15):
+        with make_layer({**resident, "max_concurrency": slots}, D_MODEL, dtype) as layer:
+            for i, (x, right) in enumerate(zip(inputs, expected, strict=True)):
+                assert same_bits(run(layer, x), right), f"{slots} slots, input {i}"
+
+
+@pytest.mark.parametrize("policy", ["", "lru", "lfu"])
+def test_the_device_decides_as_the_host_does(
+    folder: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_INFER_POLICY", policy)
+    made = attributes_of(folder, "Gated_SiLU", "bfloat16", 6, centroids=False)
+    calls = [random_choices(seed, 1 + seed % 3) for seed in range(80)]
+    told: dict[str, list[Any]] = {}
+    for mode in ("host", "device"):
+        monkeypatch.setenv("MOE_INFER_FETCH", mode)
+        with make_layer(made, D_MODEL, "bfloat16", "float32") as layer:
+            found = []
+            for chosen in calls:
+                run(layer, make_input(len(chosen), D_MODEL, "bfloat16"), logits_for(*chosen))
+                stats = layer.stats()
+                found.append((stats.hits, stats.misses, stats.evictions, stats.bytes_fetched))
+            told[mode] = found
+    assert told["device"] == told["host"]
+    assert told["host"][-1][1] > 20
+
+
+def test_host_and_device_take_turns_on_one_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long runs, which the host drives, between short ones: what either brought in, the other finds."""
+    monkeypatch.setenv("MOE_INFER_FETCH", "auto")
+    made = attributes_of(folder, "Gated_SiLU", "float16", 6, centroids=False)
+    long_run = [(e, (e + 1) % 4) for e in range(4)] * 25  # 100 tokens, experts 0 to 3
+    with make_layer(made, D_MODEL, "float16", "float32") as layer:
+
+        def misses(chosen: list[tuple[int, ...]]) -> int:
+            before = layer.stats().misses
+            run(layer, make_input(len(chosen), D_MODEL, "float16"), logits_for(*chosen))
+            return layer.stats().misses - before
+
+        assert misses(long_run) == 4
+        assert misses([(0, 3)]) == 0
+        assert misses([(8, 9)]) == 2
+        assert misses(long_run) == 0
+        assert misses([(8, 9)]) == 0
+        assert misses([(0, 1), (2, 3), (8, 9)]) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sublayer", WITH_WEIGHTS)
+def test_a_cuda_graph_of_a_layer_that_streams(
+    folder: Path, sublayer: str, dtype: str, tokens: int
+) -> None:
+    """Replays choose other experts each time, and find them."""
+    resident = attributes_of(folder, sublayer, dtype, EXPERTS)
+    inputs = [make_input(tokens, D_MODEL, dtype, seed) for seed in range(12)]
+    with make_layer(resident, D_MODEL, dtype) as layer:
+        expected = [run(layer, x) for x in inputs]
+    with make_layer({**resident, "max_concurrency": 6}, D_MODEL, dtype) as layer:
+        size = inputs[0].nbytes
+        x, y = Buffer(size, inputs[0]), Buffer(size)
+        workspace = Buffer(layer.workspace(tokens))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            stream = torch.cuda.current_stream().cuda_stream
+            layer.run(x.address, None, y.address, tokens, workspace.address, workspace.size, stream)
+        for turn in range(2):
+            for i, (given, right) in enumerate(zip(inputs, expected, strict=True)):
+                x.bytes.copy_(Buffer(size, given).bytes)
+                graph.replay()
+                torch.cuda.synchronize()
+                assert same_bits(y.array(NUMPY[dtype], given.shape), right), f"{turn}, {i}"
+            # A run of its own between replays.
+            assert same_bits(run(layer, inputs[3]), expected[3])
+        for name, buffer in {"x": x, "y": y, "workspace": workspace}.items():
+            buffer.check_guards(name)
+        assert layer.stats().misses >= EXPERTS - 6
+
+
+def test_larger_experts_arrive_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks, with a rest of less than 16 bytes, and products that begin while others come."""
+    monkeypatch.setenv("MOE_INFER_FETCH", "device")
+    made = make_attributes(
+        folder, "Gated_SiLU", "softmax_topk", 12, 512, 1024, 2, "bfloat16", expert_bias=1
+    )
+    inputs = [make_input(tokens, 512, "bfloat16", seed) for seed in range(15) for tokens in (1, 4)]
+    with make_layer(made, 512, "bfloat16") as layer:
+        expected = [run(layer, x) for x in inputs]
+    with make_layer({**made, "max_concurrency": 8}, 512, "bfloat16") as layer:
+        for i, (x, right) in enumerate(zip(inputs, expected, strict=True)):
+            assert same_bits(run(layer, x), right), i
+
+
+def test_one_layer_from_two_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_INFER_FETCH", "auto")
+    resident = attributes_of(folder, "Gated_SiLU", "float16", EXPERTS)
+    inputs = [make_input(tokens, D_MODEL, "float16", tokens) for tokens in (1, 2, 90)]
+    with make_layer(resident, D_MODEL, "float16") as layer:
+        expected = [run(layer, x) for x in inputs]
+    with make_layer({**resident, "max_concurrency": 6}, D_MODEL, "float16") as layer:
+
+        def work(thread: int) -> None:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for turn in range(60):
+                    i = (turn + thread) % 3
+                    assert same_bits(run(layer, inputs[i], stream=stream), expected[i])
+
+        in_threads(3, work)
+
+
+@pytest.mark.parametrize(
+    ("environment", "form", "message"),
+    [
+        ({"MOE_INFER_FETCH": "gpu"}, "safetensors stacked", "must be auto, host or device"),
+        ({}, "npz deflated", "another type or row order"),
+        ({"MOE_INFER_PINNED_BYTES": "0"}, "safetensors stacked", "MOE_INFER_PINNED_BYTES"),
+    ],
+)
+def test_what_the_device_cannot_fetch_is_said(
+    folder: Path,
+    environment: dict[str, str],
+    form: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"MOE_INFER_FETCH": "device", **environment}.items():
+        monkeypatch.setenv(name, value)
+    made = attributes_of(folder, "Gated_SiLU", "float16", 6, form=form)
+    with pytest.raises(ValueError, match=message):
+        make_layer(made, D_MODEL, "float16")
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small(folder: Path, dtype: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_INFER_FETCH", "device")
+    made = attributes_of(folder, "Gated_SiLU", dtype, 6, centroids=False)
+    with make_layer(made, D_MODEL, dtype, "float32") as layer:
+        for seed in range(6):
+            x = make_input(tokens, D_MODEL, dtype, seed)
+            run(layer, x, logits_for(*random_choices(seed, tokens)))
+        x[0, 0] = np.nan
+        run(layer, x, logits_for(*random_choices(0, tokens)))
