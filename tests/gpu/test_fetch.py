@@ -1,4 +1,4 @@
-"""Experts that the device fetches: the same bits as resident ones, the host's decisions, CUDA graphs."""
+"""Experts that the device fetches: the bits of resident ones, the host's decisions, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_device_decides_as_the_host_does(
 def test_host_and_device_take_turns_on_one_cache(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long runs, which the host drives, between short ones: what either brought in, the other finds."""
+    """Long runs, which the host drives, between short ones: each finds what the other brought."""
     monkeypatch.setenv("MOE_INFER_FETCH", "auto")
     made = attributes_of(folder, "Gated_SiLU", "float16", 6, centroids=False)
     long_run = [(e, (e + 1) % 4) for e in range(4)] * 25  # 100 tokens, experts 0 to 3
