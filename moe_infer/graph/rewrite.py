@@ -19,6 +19,7 @@ from moe_infer.graph.experts_file import (
     write_experts,
 )
 from moe_infer.graph.external import Constant, all_tensors, model_dir
+from moe_infer.graph.known_sizes import fold_known_sizes
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.progress import bytes_bar
 from moe_infer.graph.replace import (
@@ -111,6 +112,7 @@ def rewrite(
             _replace(proto, types, i, layer, config, copy_shared_weights, renamed, left)
         )
     remove_unread(proto, left)
+    fold_known_sizes(proto, types)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
