@@ -1,4 +1,4 @@
-"""Command line: ``moe-infer rewrite | lower | inspect | run | verify | export``.
+"""Command line: ``moe-infer rewrite | lower | inspect | run | verify | export | simulate``.
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
 (``rewrite``), 4 the models differ (``verify``).
@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import moe_infer
-from moe_infer.commands import export, plan, verify
+from moe_infer.commands import export, plan, simulate, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 from moe_infer.graph.explain import explain
 from moe_infer.runtime.stats import ExpertStats, text
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify.add_parser(commands)
     export.add_parser(commands)
+    simulate.add_parser(commands)
     return parser
 
 

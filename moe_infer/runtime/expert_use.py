@@ -109,11 +109,17 @@ def add_taps(model: onnx.ModelProto, layers: Sequence[LayerNode]) -> list[str]:
 
 def count(layer: LayerNode, tapped: np.ndarray[Any, Any]) -> ExpertUse:
     """Counts from the value of a layer's additional output."""
+    experts = choices(layer, tapped)
+    tokens = np.bincount(experts.reshape(-1), minlength=layer.config.expert_count)
+    return ExpertUse(layer.name, tokens.astype(np.int64))
+
+
+def choices(layer: LayerNode, tapped: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Experts of each token, (tokens, top_k), from the value of a layer's additional output."""
     logits = tapped if layer.router_logits else None
     hidden = tapped
     if logits is not None:
         # Only its shape is looked at.
         hidden = np.broadcast_to(np.float32(0), (*tapped.shape[:-1], max(layer.d_model, 1)))
     experts, _ = reference.route(hidden, layer.config, logits)
-    tokens = np.bincount(experts.reshape(-1), minlength=layer.config.expert_count)
-    return ExpertUse(layer.name, tokens.astype(np.int64))
+    return experts.reshape(-1, layer.config.top_k)

@@ -33,7 +33,7 @@ from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model,
 from moe_infer.inspect import LayerInfo, describe
 from moe_infer.op import DOMAIN
 from moe_infer.runtime import native, plugin
-from moe_infer.runtime.expert_use import ExpertUse, UseTotals, add_taps, count
+from moe_infer.runtime.expert_use import ExpertUse, UseTotals, add_taps, choices, count
 from moe_infer.runtime.options import copy_options, set_entries
 from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
 from moe_infer.runtime.stats.collect import of_library, of_lowered
@@ -210,6 +210,25 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             total.add(use)
         self._expert_use = found
         return list(values[: len(names)])
+
+    def expert_choices(self, input_feed: Mapping[str, Any]) -> list[Any]:
+        """Runs the model and tells which experts each token chose.
+
+        Args:
+            input_feed: inputs by name.
+
+        Returns:
+            For each layer, in the model's order, (tokens, top_k) expert numbers; the tokens are in
+            the order of the layer's hidden states.
+
+        Raises:
+            ValueError: the session was made without ``expert_use=True``.
+        """
+        if not self._taps:
+            raise ValueError("expert_choices: the session was made without expert_use=True")
+        self._look({name: _shape(value) for name, value in input_feed.items()})
+        values = super().run(self._taps, input_feed)
+        return [choices(*pair) for pair in zip(self._layers, values, strict=True)]
 
     def run_with_ort_values(
         self,

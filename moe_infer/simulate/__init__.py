@@ -4,6 +4,26 @@ The decisions are the library's own (``ops/core/policy.h``), so hits, misses and
 of a real run on the same trace.
 """
 
+from moe_infer.simulate.belady import optimal_hits
+from moe_infer.simulate.compare import OPTIMUM, Point, compare
+from moe_infer.simulate.generate import COVERAGE, generate
+from moe_infer.simulate.record import record
 from moe_infer.simulate.replay import Replay, policy_text, replay
+from moe_infer.simulate.timing import Machine
+from moe_infer.simulate.trace import Calls, Trace
 
-__all__ = ["Replay", "policy_text", "replay"]
+__all__ = [
+    "COVERAGE",
+    "OPTIMUM",
+    "Calls",
+    "Machine",
+    "Point",
+    "Replay",
+    "Trace",
+    "compare",
+    "generate",
+    "optimal_hits",
+    "policy_text",
+    "record",
+    "replay",
+]
