@@ -1,4 +1,4 @@
-"""Graphs of transformers 4 that tools/make_export_fixtures.py made."""
+"""Graphs of older releases of transformers that tools/make_export_fixtures.py made."""
 
 from __future__ import annotations
 

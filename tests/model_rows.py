@@ -130,6 +130,14 @@ ROWS: tuple[Row, ...] = (
         )
     ),
     *(
+        Row(family, exporter, 1, layer, fixture=f"{fixture}-5.17", transformers="5.17")
+        for family, exporter, fixture, layer in (
+            ("Mixtral", "transformers", "mixtral-transformers", _LAYERS["Mixtral"]),
+            ("gpt-oss", "transformers", "gpt-oss-transformers", _LAYERS["gpt-oss"]),
+            ("Switch", "torchscript", "switch-torchscript", {"top_k": 1}),
+        )
+    ),
+    *(
         Row(family, exporter, refusal=refusal, fixture=fixture, transformers="4.57")
         for family, exporter, fixture, refusal in (
             ("Mixtral", ONE_TOKEN, "mixtral-torchscript-missing", "holds 2 of 4 experts"),

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -244,12 +245,35 @@ def _onnx_exporter(fusions: str | None) -> Callable[[Made, Path], None]:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
         _set_experts(made, None)
-        config = OnnxConfig(dynamic=True, ort_fusions=fusions)
+        # Older releases do not know the argument, see :func:`unavailable`.
+        config = OnnxConfig(dynamic=True, **({"ort_fusions": fusions} if fusions else {}))
         inputs = {**made.inputs, "use_cache": False}
-        OnnxExporter().export(made.model, inputs, config=config).save_pretrained(path.parent)
-        assert path.exists(), list(path.parent.iterdir())
+        save(OnnxExporter().export(made.model, inputs, config=config), path)
 
     return run
+
+
+def save(exported: Any, path: Path) -> None:
+    """Writes what transformers' OnnxExporter returns, in older releases an ``ONNXProgram``."""
+    if hasattr(exported, "save_pretrained"):
+        exported.save_pretrained(path.parent)
+    else:
+        exported.save(os.fspath(path))
+    assert path.exists(), list(path.parent.iterdir())
+
+
+def unavailable(exporter: str) -> str:
+    """Why the installed transformers has no such exporter; empty when it has."""
+    if not exporter.startswith("transformers"):
+        return ""
+    try:
+        from transformers.exporters.exporter_onnx import OnnxConfig
+    except ImportError as error:
+        return f"transformers {transformers.__version__} has no OnnxExporter ({error})"
+    known = {entry.name for entry in dataclasses.fields(OnnxConfig)}
+    if exporter == "transformers-cuda" and "ort_fusions" not in known:
+        return f"OnnxConfig of transformers {transformers.__version__} has no ort_fusions"
+    return ""
 
 
 EXPORTERS: dict[str, Callable[[Made, Path], None]] = {

@@ -263,11 +263,12 @@ def test_the_layout_of_transformers_exporter(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
-        exported.save_pretrained(tmp_path / "in")
+        (tmp_path / "in").mkdir()
+        model_zoo.save(exported, tmp_path / "in/model.onnx")
     report = moe_infer.rewrite(tmp_path / "in/model.onnx", tmp_path / "out")
     assert len(report.layers) == 2, str(report)
     decoder = Decoder(tmp_path / "out/model.onnx", CPU, context=64)
-    assert next(iter(decoder.pairs)).startswith("past_key_values.layers.0")
+    assert "past_key_values.layers.0" in next(iter(decoder.pairs))
     for row in ids.tolist():
         made_here = list(generate(decoder, row, 20, Sampling(), stop=[model.config.eos_token_id]))
         assert len(made_here) > 5

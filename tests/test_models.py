@@ -31,6 +31,9 @@ def test_row(row: Row, tmp_path: Path) -> None:
         path = unpack(row.fixture, tmp_path)
         feeds, expected = recorded(row.fixture)
     else:
+        why = model_zoo.unavailable(row.exporter)
+        if why:
+            pytest.skip(why)
         path = model_zoo.export(row.family, row.exporter)
         feeds, expected = model_zoo.make(row.family).arrays, model_zoo.expected(row.family)
     report = moe_infer.rewrite(path, tmp_path / "out")
@@ -44,7 +47,8 @@ def test_row(row: Row, tmp_path: Path) -> None:
         # ONNX cannot infer the types of ONNX Runtime's own operators.
         assert not report.untyped_values or row.exporter == "transformers-cuda"
         rewritten = tmp_path / "out" / "model.onnx"
-        difference = _compare(path, rewritten, feeds, expected, bool(row.fixture))
+        loop = bool(row.fixture) and row.exporter != "transformers"
+        difference = _compare(path, rewritten, feeds, expected, loop)
     else:
         refusal = report.near_misses[0].reason
         assert row.refusal and row.refusal in refusal, str(report)

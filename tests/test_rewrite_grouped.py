@@ -21,8 +21,10 @@ from compare_rewrites import (  # noqa: E402
     edited,
     nodes,
     producer,
+    refused,
     run_lowered,
 )
+from export_fixtures import unpack  # noqa: E402
 
 pytestmark = pytest.mark.needs_torch
 
@@ -181,8 +183,76 @@ NEAR: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
 @pytest.mark.parametrize("name", NEAR)
 def test_near_misses_are_left_alone_and_explained(name: str, tmp_path: Path) -> None:
     edit, reason = NEAR[name]
-    path = edited(model_zoo.export("Mixtral", "transformers"), tmp_path, edit)
+    path = model_zoo.export("Mixtral", "transformers")
+    if _row_slices(onnx.load(path, load_external_data=False).graph):
+        pytest.skip("this release of transformers takes the rows by Slice, see NEAR_SLICES")
+    path = edited(path, tmp_path, edit)
     report = moe_infer.rewrite(path, tmp_path / "out")
     # Only the first layer was edited.
     assert len(report.layers) == 1, str(report)
+    assert any(reason in miss.reason for miss in report.near_misses), str(report)
+
+
+# transformers 5.17 takes an expert's rows by a Slice, and its weights are constants of their own.
+
+
+def _row_slices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Those that end where another Slice says."""
+    counted = {n.output[0] for n in nodes(graph, "Slice")}
+    return [n for n in nodes(graph, "Slice") if n.input[2] in counted]
+
+
+def _slices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Those by which the experts take their rows, first of one projection, then of the other."""
+    found = _row_slices(graph)
+    assert len(found) == 2 * EXPERTS
+    return found
+
+
+def _slice_from_the_start(graph: onnx.GraphProto) -> None:
+    third = _slices(graph)[2]
+    third.input[1] = _constant(graph, np.array([0], np.int64))
+
+
+def _slice_beyond_the_end(graph: onnx.GraphProto) -> None:
+    second, third = _slices(graph)[1:3]
+    last = list(graph.node).index(producer(graph, third.input[2]))
+    made = graph.node.pop(last)
+    graph.node.insert(list(graph.node).index(second), made)
+    second.input[2] = third.input[2]
+
+
+def _every_second_row(graph: onnx.GraphProto) -> None:
+    _slices(graph)[2].input.append(_constant(graph, np.array([2], np.int64)))
+
+
+def _results_out_of_order(graph: onnx.GraphProto) -> None:
+    first = _slices(graph)[0].output[0]
+    product = next(n.output[0] for n in nodes(graph, "MatMul") if n.input[0] == first)
+    concat = next(n for n in nodes(graph, "Concat") if product in n.input)
+    concat.input[0], concat.input[1] = concat.input[1], concat.input[0]
+
+
+NEAR_SLICES: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
+    "from the start": (
+        _slice_from_the_start,
+        "rows that do not go from one expert's first pair to its last",
+    ),
+    "beyond the end": (
+        _slice_beyond_the_end,
+        "rows that do not go from one expert's first pair to its last",
+    ),
+    "every second row": (
+        _every_second_row,
+        "rows that do not go from one expert's first pair to its last",
+    ),
+    "out of order": (_results_out_of_order, "part 0 of the Concat is not expert 0's"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_SLICES)
+def test_other_slices_are_left_alone_and_explained(name: str, tmp_path: Path) -> None:
+    edit, reason = NEAR_SLICES[name]
+    path = edited(unpack("mixtral-transformers-5.17", tmp_path), tmp_path, edit)
+    report = refused(path, tmp_path)
     assert any(reason in miss.reason for miss in report.near_misses), str(report)

@@ -86,7 +86,7 @@ def _weights_before_the_experts(graph: onnx.GraphProto) -> None:
 
 NEAR: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
     "counts in another order": (_experts_in_another_order, ""),
-    "results in another order": (_results_in_another_order, "a Concat of other things than"),
+    "results in another order": (_results_in_another_order, "is not expert"),
     "a weight of two experts": (_one_expert_twice, "several experts read the weight"),
     "rows overwrite": (_rows_overwrite, "ScatterND"),
     "rows of other tokens": (_rows_of_other_tokens, ""),

@@ -159,6 +159,8 @@ def test_models_that_share_a_router(name: str, tmp_path: Path) -> None:
     config = getattr(transformers, f"{name}Config")(**{**model_zoo._SIZES, **sizes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if name == "Jamba" and not any("Router" in type(m).__name__ for m in model.modules()):
+        pytest.skip("the router of this transformers' Jamba is no module of its own")
     model_zoo._randomise(model)
     ids = torch.randint(3, 64, (1, 6))
     with torch.no_grad():

@@ -1,12 +1,15 @@
-"""Makes tests/exports/: graphs of transformers 4, which the tests' environment does not have.
+"""Makes tests/exports/: graphs of releases of transformers that the tests' environment has not.
 
     python -m venv old && old/bin/pip install torch onnxscript "transformers==4.57.*" optimum-onnx
     old/bin/python tools/make_export_fixtures.py
 
-Each is the graph of a tiny model with random weights (NAME.onnx.gz), as the exporter wrote it but
-for its traces of the source, and PyTorch's outputs for some inputs (NAME.npz). ``missing`` ones are
-recorded with one token, so that their loops hold only the experts that it chose; Switch's
-``one-token`` also holds that there was one.
+    python -m venv 517 && 517/bin/pip install torch==2.11.0 onnxscript "transformers==5.17.*"
+    517/bin/python tools/make_export_fixtures.py
+
+Those of the installed release are made. Each is the graph of a tiny model with random weights
+(NAME.onnx.gz), as the exporter wrote it but for its traces of the source, and PyTorch's outputs for
+some inputs (NAME.npz). ``missing`` ones are recorded with one token, so that their loops hold only
+the experts that it chose; Switch's ``one-token`` also holds that there was one.
 """
 
 from __future__ import annotations
@@ -98,6 +101,8 @@ class Fixture:
     tokens: tuple[int, int] = (2, 9)
     """Batch and sequence of the sample input."""
     causal: bool = True
+    release: str = "4.57"
+    """Of transformers."""
 
 
 FIXTURES = (
@@ -126,6 +131,29 @@ FIXTURES = (
         "switch-torchscript-one-token", "SwitchTransformers", "torchscript", _SWITCH, (1, 1), False
     ),
     Fixture("nllb-moe-torchscript", "NllbMoe", "torchscript", _NLLB, causal=False),
+    Fixture(
+        "mixtral-transformers-5.17",
+        "Mixtral",
+        "transformers",
+        {"num_local_experts": 4},
+        release="5.17",
+    ),
+    Fixture(
+        "gpt-oss-transformers-5.17",
+        "GptOss",
+        "transformers",
+        {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
+        release="5.17",
+    ),
+    Fixture(
+        "switch-torchscript-5.17",
+        "SwitchTransformers",
+        "torchscript",
+        _SWITCH,
+        (4, 24),
+        False,
+        release="5.17",
+    ),
 )
 
 
@@ -220,10 +248,19 @@ def _optimum(fixture: Fixture, model: Any, ids: torch.Tensor, path: Path) -> Non
     export(model=model, config=made(model.config), output=path, opset=17)
 
 
+def _transformers(fixture: Fixture, model: Any, ids: torch.Tensor, path: Path) -> None:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    inputs = {"input_ids": ids, "use_cache": False}
+    program = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
+    program.save(os.fspath(path), external_data=False)
+
+
 EXPORTERS: dict[str, Callable[[Fixture, Any, torch.Tensor, Path], None]] = {
     "torchscript": _torchscript,
     "dynamo": _dynamo,
     "optimum": _optimum,
+    "transformers": _transformers,
 }
 
 
@@ -258,10 +295,14 @@ def make(fixture: Fixture) -> int:
 
 
 def main() -> None:
-    """Makes all of them."""
-    assert transformers.__version__.startswith("4."), transformers.__version__
+    """Makes those of the installed release."""
     FOLDER.mkdir(exist_ok=True)
-    for fixture in FIXTURES:
+    release = ".".join(transformers.__version__.split(".")[:2])
+    fixtures = [fixture for fixture in FIXTURES if fixture.release == release]
+    if not fixtures:
+        known = ", ".join(sorted({fixture.release for fixture in FIXTURES}))
+        raise SystemExit(f"transformers {release} is installed; fixtures are made with {known}")
+    for fixture in fixtures:
         size = make(fixture)
         print(f"{fixture.name}: {size} bytes")
         assert size <= MOST_BYTES, f"{fixture.name} has {size} bytes, more than {MOST_BYTES}"

@@ -2,8 +2,9 @@
 
 Its default for ``experts_implementation="grouped_mm"``. The (token, chosen expert) pairs are sorted
 by expert (TopK of the smallest, over all); counts of each expert (a histogram, CumSum) give the
-rows of each; each expert multiplies its rows (Range, Gather, MatMul with its slice of the stacked
-weight); Concat puts them one below the other, and the inverse permutation restores the order.
+rows of each; each expert multiplies its rows (Range and Gather, or in transformers 5.17 a Slice;
+MatMul with its slice of the stacked weight, or with a constant of its own where the exporter folded
+the slice); Concat puts them one below the other, and the inverse permutation restores the order.
 
 Read here as: an axis ``p`` of the sorted pairs, on which values are what they are on the pairs; a
 Concat of all experts' products in order is the product with the gathered weight.
@@ -11,6 +12,7 @@ Concat of all experts' products in order is the product with the gathered weight
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,6 +29,10 @@ NAME = "grouped"
 _WHOLE = (TensorProto.INT64, TensorProto.INT32)
 _EXACT = ("top_index", "stack", "tokens", "arange_e", "one_hot", "const", "count", "ends", "picked")
 """Whole numbers small enough that a Cast between types keeps them, and what is picked of them."""
+
+_ROWS = re.compile(r"g\d+")
+"""Axes of the rows of one expert."""
+_OTHER_ROWS = "rows that do not go from one expert's first pair to its last"
 
 
 def find(view: GraphView) -> Iterator[Match | NearMiss]:
@@ -173,24 +179,65 @@ class GroupedInterpreter(ApartInterpreter):
 
     # Each expert's rows
 
-    def _read_range(self, node: NodeProto) -> list[Value]:
-        end = self.value(node.input[1])
-        step = self.view.small(node.input[2])
-        if end is None or end.expr.op != "picked" or end.expr.args[0].op != "ends":
-            return super()._read_range(node)
-        expert = int(end.expr.params[0])
-        start = self._input(node, 0).expr
+    def _constant(self, name: str) -> Value | None:
+        # One of rank 2 may also hold a vector for each expert, which shows when it is indexed.
+        return self.apart(name) or super()._constant(name)
+
+    def _contract(
+        self, a: Value, b: Value, left: Axis, right: Axis
+    ) -> tuple[Expr, dict[Axis, Axis]]:
+        """A constant of its own is an expert's only if it multiplies that expert's rows."""
+        rows = any(_ROWS.fullmatch(atom) for v in (a, b) for axis in v.axes for atom in axis)
+        if not rows and any(v.expr.op == "matrix" for v in (a, b)):
+            raise Opaque("")
+        return super()._contract(a, b, left, right)
+
+    def _rows(self, start: Expr, end: Expr) -> int | None:
+        """The expert whose rows lie between two running sums; None if ``end`` is none.
+
+        Raises:
+            Opaque: they begin elsewhere than where those of the expert before it end.
+        """
+        if end.op != "picked" or end.args[0].op != "ends":
+            return None
+        expert = int(end.params[0])
         wanted = (
             self.algebra.const(0)
             if expert == 0
-            else self.algebra.make("picked", end.expr.args, (expert - 1,), ())
+            else self.algebra.make("picked", end.args, (expert - 1,), ())
         )
-        if start is not wanted or step is None or step.item() != 1:
-            raise Opaque("rows that do not go from one expert's first pair to its last")
-        counted = end.expr.args[0].args[0]
-        self.chosen = counted.args[0]
-        rows = self.algebra.make("group", counted.args, (expert,), ())
+        if start is not wanted:
+            raise Opaque(_OTHER_ROWS)
+        self.chosen = end.args[0].args[0].args[0]
+        return expert
+
+    def _read_range(self, node: NodeProto) -> list[Value]:
+        end = self.value(node.input[1])
+        if end is None or end.expr.op != "picked":
+            return super()._read_range(node)
+        expert, step = (
+            self._rows(self._input(node, 0).expr, end.expr),
+            self.view.small(node.input[2]),
+        )
+        if expert is None:
+            return super()._read_range(node)
+        if step is None or step.item() != 1:
+            raise Opaque(_OTHER_ROWS)
+        rows = self.algebra.make("group", end.expr.args[0].args, (expert,), ())
         return [Value(((f"g{expert}",),), rows)]
+
+    def _read_slice(self, node: NodeProto) -> list[Value]:
+        data = self._input(node, 0)
+        if ("p",) not in data.axes or len(node.input) < 4:
+            return super()._read_slice(node)
+        (axis,), step = self._axes(node, len(data.axes), 3), self.view.ints((*node.input, "")[4])
+        if data.axes[axis] != ("p",):
+            return super()._read_slice(node)
+        expert = self._rows(self._input(node, 1).expr, self._input(node, 2).expr)
+        if expert is None or (len(node.input) > 4 and step != [1]):
+            raise Opaque(_OTHER_ROWS)
+        axes = (*data.axes[:axis], (f"g{expert}",), *data.axes[axis + 1 :])
+        return [Value(axes, data.expr)]
 
     def _select(self, data: Value, index_axes: tuple[Axis, ...], index: Expr, axis: int) -> Value:
         wanted: dict[str, Axis] = {
@@ -200,6 +247,8 @@ class GroupedInterpreter(ApartInterpreter):
             "pair_token": self.tokens,
         }
         if index.op not in wanted:
+            if data.expr.op == "matrix" and is_index(index):
+                data = super()._constant(str(data.expr.params[0])) or data
             return super()._select(data, index_axes, index, axis)
         if data.axes[axis] != wanted[index.op]:
             raise Opaque("rows are taken of something that is not in the order of the pairs")
@@ -208,7 +257,7 @@ class GroupedInterpreter(ApartInterpreter):
     def _read_concat(self, node: NodeProto) -> list[Value]:
         values = [self._input(node, i) for i in range(len(node.input))]
         count = self.sizes["e"]
-        if values[0].axes[:1] != (("g0",),):
+        if not any(_ROWS.fullmatch(atom) for axis in values[0].axes[:1] for atom in axis):
             return super()._read_concat(node)
         if attribute(node, "axis", 0) != 0 or len(values) != count:
             raise Opaque("a Concat that is not of one result for each expert")

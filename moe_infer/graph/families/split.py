@@ -46,9 +46,6 @@ class SplitInterpreter(GroupedInterpreter):
         """Counts of the sample input that became constants."""
         return self.baked
 
-    def _constant(self, name: str) -> Value | None:
-        return self.apart(name) or super()._constant(name)
-
     # Counting the pairs of each expert
 
     def _mask(self, expr: Expr) -> Expr | None:

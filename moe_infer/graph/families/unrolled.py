@@ -168,12 +168,16 @@ class LoopInterpreter(RowsInterpreter):
         if value.expr.op != "one_hot" or self.sizes["k"] or not axis or not plain:
             raise Opaque("a running sum that does not count the tokens of each expert")
         along = value.axes[axis[0]]
+        if not along:  # transformers 5.17 sums along an axis of size 1, so no expert is ever full
+            return [value]
         if along != (self.tokens[-1],):
             raise Opaque("a running sum that is not along the tokens")
         return [Value(value.axes, self.algebra.make("running", (value.expr,), along))]
 
     def _within(self, node: NodeProto, more: int) -> list[Value]:
         running, limit = self._input(node, 0), self.view.ints(node.input[1])
+        if running.expr.op == "one_hot" and limit and len(limit) == 1 and limit[0] + more >= 1:
+            return [Value(running.axes, self.algebra.const(1))]
         if running.expr.op != "running" or not limit or len(limit) != 1:
             raise Opaque("a comparison that no known pattern uses")
         params = (*running.expr.params, limit[0] + more)
