@@ -41,12 +41,12 @@ from moe_bench.streaming.bus import bus_speed
 from moe_bench.streaming.chain import PINNED_VARIABLE
 from moe_bench.streaming.context import Context, Points
 from moe_bench.streaming.record import failed, open_record
-from moe_bench.streaming.shapes import MODES, PARTS
+from moe_bench.streaming.shapes import DEFAULT_MODES, MODES, PARTS
 
 PINNED = "40G"
 """What may be pinned unless the environment says otherwise: the largest part's weights twice."""
 
-SHARES = {"C": 0.25, "A": 0.25, "B": 0.35, "A32": 0.15, "D": 0.05}
+SHARES = {"C": 0.35, "A": 0.25, "B": 0.35, "A32": 0.15, "D": 0.05}
 """Of the time, about; what a part leaves over goes to those after it."""
 
 MAKERS: dict[str, Callable[[Context], Points]] = {
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_out = Path(__file__).resolve().parent / "results"
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the results")
     parser.add_argument("--append", action="store_true", help="keep other points of the file")
     parser.add_argument("--minutes", type=float, default=12.0, help="time for all")

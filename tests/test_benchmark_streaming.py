@@ -8,7 +8,6 @@ import importlib.util
 import json
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from moe_bench.streaming import (  # noqa: E402
     disk,
     example,
     offload,
+    predicted,
     report,
     shapes,
     steps,
@@ -42,10 +42,12 @@ from moe_bench.streaming.context import Context  # noqa: E402
 
 from moe_infer import op, reference  # noqa: E402
 from moe_infer.runtime.native import LayerStats  # noqa: E402
+from moe_infer.simulate import COVERAGE  # noqa: E402
 from moe_infer.weights import open_expert_weights  # noqa: E402
 
 T5 = Case("t5", 6, 1, 16, 24, "T5_FF", "default", 0)
 QWEN = Case("qwen3", 16, 2, 16, 24)
+HIT_RATES = predicted.hit_rates
 MIXTRAL = Case("mixtral", 8, 2, 32, 24)
 
 
@@ -70,7 +72,9 @@ class FakeLayer:
         self._experts = {e: weights.expert(e) for e in range(self._config.expert_count)}
         self._bytes = sum(t.nbytes for t in self._experts[0].values())
         self._d_model, self._type = d_model, getattr(torch, dtype)
-        self._slots: OrderedDict[int, None] = OrderedDict()
+        self._slots = [-1] * self._config.max_concurrency
+        self._last_use: dict[int, int] = {}
+        self._clock = 0
         self._counts = dict.fromkeys(LayerStats.__dataclass_fields__, 0)
         self.streams = self._config.max_concurrency < self._config.expert_count
         self.open = True
@@ -91,16 +95,27 @@ class FakeLayer:
         self._at(output, tokens, self._d_model).copy_(torch.from_numpy(value))
 
     def _fetch(self, chosen: np.ndarray) -> None:
+        """The library's rule for the least recently used: ops/core/policy.h."""
+        self._clock += 1
         needed = np.unique(chosen).tolist()
-        for e in sorted(needed, key=lambda e: e not in self._slots):
-            hit = e in self._slots
-            self._counts["hits" if hit else "misses"] += 1
-            if not hit:
-                if len(self._slots) == self._config.max_concurrency:
-                    self._slots.popitem(last=False)
-                self._counts["bytes_fetched"] += self._bytes
-            self._slots[e] = None
-            self._slots.move_to_end(e)
+        missed = [e for e in needed if e not in self._slots]
+        for e in needed:
+            self._last_use[e] = self._clock
+        filled: list[int] = []
+        in_flight = 2 if len(self._slots) > 2 else len(self._slots) - 1
+        for e in missed:
+            free = [i for i in range(len(self._slots)) if i not in filled[-in_flight:]]
+            slot = min(free, key=lambda i: (*self._worth(self._slots[i], needed), i))
+            self._slots[slot] = e
+            filled.append(slot)
+        self._counts["hits"] += len(needed) - len(missed)
+        self._counts["misses"] += len(missed)
+        self._counts["bytes_fetched"] += len(missed) * self._bytes
+
+    def _worth(self, expert: int, needed: list[int]) -> tuple[int, int]:
+        if expert < 0:
+            return 0, 0
+        return 2 if expert in needed else 1, self._last_use[expert]
 
     def _at(self, address: int, rows: int, columns: int) -> torch.Tensor:
         count = rows * columns
@@ -145,11 +160,14 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(FakeLayer, "wrong", False)
+    monkeypatch.setattr(predicted, "hit_rates", lambda *_: {})  # the library's
     for module, name, value in (
         (example, "EXAMPLE", T5),
         (example, "EXAMPLE_SLOTS", (2, 4)),
         (example, "EXAMPLE_TOKENS", (40, 50)),
         (example, "EXAMPLE_SKEWED_TOKENS", 3),
+        (example, "COLD_SAMPLES", 1),
+        (example, "WARM_RUNS", 4),
         (decoder, "DECODER", QWEN),
         (decoder, "DECODER_LAYERS", 3),
         (decoder, "DECODER_FILES", 2),
@@ -193,6 +211,7 @@ def test_the_decoder(without_gpu: None, tmp_path: Path) -> None:
     by_about = {(p["tokens"], p["percent"], p["routing"]): p for p in found}
     whole = by_about[1, 100, "skewed"]
     assert (whole["slots"], whole["bytes_a_run"], whole["hit_rate"]) == (16, 0, None)
+    assert "replay_hit_rate" not in whole
     assert whole["bound"] == "compute" and whole["floor_ms"] == whole["resident_ms"]
     hits = by_about[1, 25, "all hits"]
     assert hits["hit_rate"] == 1 and hits["bytes_a_run"] == 0
@@ -203,6 +222,21 @@ def test_the_decoder(without_gpu: None, tmp_path: Path) -> None:
     assert missed == pytest.approx(1 - quarter["hit_rate"], rel=1e-6)
     assert by_about[5, 25, "skewed"]["ms_a_token"] == by_about[5, 25, "skewed"]["ms"] / 5
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.needs_library
+def test_hit_rates_are_those_of_the_librarys_replay(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The layers here keep what was used last, so does the replay with that policy."""
+    monkeypatch.setattr(predicted, "hit_rates", HIT_RATES)
+    monkeypatch.setenv("MOE_INFER_POLICY", "lru")
+    found = [p for p in decoder.points(context_in(tmp_path)) if p["percent"] != 100]
+    assert len(found) == 7
+    for point in found:
+        assert point["hit_rate"] == pytest.approx(point["replay_hit_rate"], abs=1e-12), point
+        assert point["belady_hit_rate"] >= point["hit_rate"] and point["policy"] == "lru"
+    assert any(point["belady_hit_rate"] > point["hit_rate"] for point in found)
 
 
 def test_four_layers_and_one_token(without_gpu: None, tmp_path: Path) -> None:
@@ -244,6 +278,24 @@ def test_a_result_that_is_not_the_residents_has_no_time(
     for point in found:
         assert point["wrong"] and "ms" not in point
         assert "are not those of the layer whose experts all stay" in point["failed"]
+
+
+def test_a_decoder_in_a_graph_counts_the_step_before_it_too(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run outside of the graph is the trace's first step, and not one more."""
+
+    def capture(run: Callable[[], Any]) -> Any:
+        run()
+        return SimpleNamespace(replay=run)
+
+    monkeypatch.setattr(chain, "capture", capture)
+    points = decoder.points(context_in(tmp_path, "host", "device"))
+    first, second = next(points), next(points)
+    points.close()
+    assert (first["mode"], second["mode"]) == ("host", "device")
+    assert first["hit_rate"] == second["hit_rate"]
+    assert first["samples"] == second["samples"] == 8
 
 
 def test_a_mode_that_cannot_be_captured_is_not_available(without_gpu: None, tmp_path: Path) -> None:
@@ -353,7 +405,8 @@ def test_options(program: Any) -> None:
     assert program.parse([]).parts == list(shapes.PARTS)
     assert program.parse(["--parts", "B", "C"]).parts == ["C", "B"]  # in order of importance
     with pytest.raises(SystemExit):
-        program.parse(["--modes", "auto"])
+        program.parse(["--modes", "gpu"])
+    assert program.parse([]).modes == ["host", "device"]
     assert set(program.MAKERS) == set(program.PLANNED) == set(program.SHARES) == set(shapes.PARTS)
 
 
@@ -365,8 +418,8 @@ def test_shares_are_as_steep_as_is_said() -> None:
         chosen = traces.skewed(case, 2, 400, 8, 0.5, 1, "cpu")
         assert chosen.shape == (400, 2, 8, case.top_k)
         found = traces.coverage(chosen, case.experts)
-        for part, wanted in shapes.COVERAGE.items():
-            assert found[f"{part:g}"] == pytest.approx(wanted, abs=0.03), (case, found)
+        for part, wanted in zip(("0.25", "0.5", "0.75"), COVERAGE, strict=True):
+            assert found[part] == pytest.approx(wanted, abs=0.03), (case, found)
 
 
 def test_locality_keeps_experts_and_leaves_the_shares() -> None:
@@ -377,7 +430,7 @@ def test_locality_keeps_experts_and_leaves_the_shares() -> None:
         used = traces.needed(chosen, case.experts)
         kept.append(float((used[1:] & used[:-1]).sum() / used[1:].sum()))
         covered.append(traces.coverage(chosen, case.experts)["0.25"])
-    assert kept[0] < kept[1] < kept[2] and kept[2] > 0.8
+    assert kept[0] < kept[1] < kept[2] and kept[2] > 0.7
     assert abs(covered[0] - covered[1]) < 0.05  # at 0.95 too little is drawn anew to count
 
 
@@ -530,6 +583,9 @@ def test_claims_about_the_decoder() -> None:
     assert held([{**main, "over_floor": 1.2}], floor) is False
     assert held([{**main, "belady_hit_rate": 0.74}], belady) is True
     assert held([{**main, "belady_hit_rate": 0.76}], belady) is False
+    replayed = "host: B, hit rates that are not the replay's"
+    assert held([{**main, "replay_hit_rate": 0.7}], replayed) is True
+    assert held([{**main, "replay_hit_rate": 0.701}], replayed) is False
     hits = {**main, "routing": "all hits", "over_resident": 1.02, "bytes_a_run": 0}
     assert held([hits], "host: all hits, over resident") is True
     assert held([{**hits, "bytes_a_run": 1}], "host: all hits, over resident") is False

@@ -85,7 +85,7 @@ def test_metadata(wheel):
         metadata = message_from_string(archive.read(path).decode())
     assert metadata["Version"] == (ROOT / "VERSION").read_text().strip()
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "gpu", "torch", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "gpu", "torch", "plot", "test", "dev"}
     requirements = metadata.get_all("Requires-Dist")
     hard = {line.split(">")[0].strip() for line in requirements if "extra ==" not in line}
     # Neither ONNX Runtime: their wheels exclude each other.

@@ -57,7 +57,8 @@ def offload(blocks: list[Any], device: str) -> list[Any]:
     from accelerate import cpu_offload
 
     moved = [block.to("cpu") for block in blocks]
-    return [cpu_offload(block, execution_device=torch.device(device)) for block in moved]
+    place = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else device
+    return [cpu_offload(block, execution_device=torch.device(place)) for block in moved]
 
 
 def version(name: str) -> str:

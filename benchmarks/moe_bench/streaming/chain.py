@@ -106,6 +106,7 @@ class Bound:
     Attributes:
         logits: (layers, tokens, experts), what the next run routes by.
         outputs: (layers, tokens, d_model).
+        ran: runs so far.
     """
 
     def __init__(self, chain: Chain, hidden_states: torch.Tensor) -> None:
@@ -123,6 +124,7 @@ class Bound:
             for i, layer in enumerate(chain.layers)
         ]
         self._run: Callable[[], Any] = self.launch
+        self.ran = 0
 
     def launch(self) -> None:
         """Enqueues all layers on the current stream."""
@@ -140,6 +142,7 @@ class Bound:
         """
         try:
             self._run = capture(self.launch).replay
+            self.ran += 1  # outside of the graph
         except (ValueError, RuntimeError) as error:
             raise UnavailableError(f"no CUDA graph: {error}") from error
 
@@ -153,6 +156,7 @@ class Bound:
         if hidden_states is not None:
             self._x.copy_(hidden_states)
         self._run()
+        self.ran += 1
 
     def must_equal(self, other: Bound) -> None:
         """Compares all outputs bit by bit.

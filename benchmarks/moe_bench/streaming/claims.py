@@ -11,6 +11,7 @@ from moe_bench.streaming.shapes import (
     DECODER_BELOW_BELADY,
     DECODER_BUDGETS,
     DECODER_OVER_FLOOR,
+    DEFAULT_MODES,
     EXAMPLE_MOST_BYTES,
     EXAMPLE_MOST_MS,
     EXAMPLE_OVER_INFMOE,
@@ -28,7 +29,10 @@ def summarise(points: Sequence[Point]) -> list[dict[str, Any]]:
     """One line for each claim; ``held`` is None while a point is missing that it is about."""
     timed = [point for point in points if "ms" in point]
     lines = []
+    there = {point["mode"] for point in points}
     for mode in MODES:
+        if mode not in DEFAULT_MODES and mode not in there:
+            continue
         mine = [point for point in timed if point["mode"] == mode]
         lines += _about_the_bus(mode, mine)
         lines += _about_hits(mode, mine)
@@ -154,6 +158,13 @@ def _about_the_decoder(mode: str, points: list[Point]) -> list[dict[str, Any]]:
             f"<= {DECODER_OVER_FLOOR:g}",
             lambda v: v <= DECODER_OVER_FLOOR,
             max,
+        ),
+        _line(
+            f"{mode}: B, hit rates that are not the replay's",
+            [p["hit_rate"] - p["replay_hit_rate"] for p in points if p.get("replay_hit_rate")],
+            "0",
+            lambda v: abs(v) < 1e-9,
+            lambda values: max(values, key=abs),
         ),
         _line(
             f"{name}, hit rate below Belady's",

@@ -160,24 +160,26 @@ class Run:
     def measure(self, seconds: float, bus: float) -> dict[str, Any]:
         """Steps before, then those that count; the last ones' results must be the resident's."""
         steps = self.steps
-        counting = steps.logits[steps.warm_up :]
         with Chain(DECODER, DTYPE, self.files, DECODER_LAYERS, self.slots, self.mode) as chain:
             bound = open_bound(chain, steps.x, steps.logits[0])
-            for logits in steps.logits[: steps.warm_up]:
+            bound.poison()
+            for logits in steps.logits[bound.ran : max(steps.warm_up, bound.ran + 1)]:
                 bound.step(logits)
-            self._check(bound, steps.warm_up - 1)
+            self._check(bound, bound.ran - 1)
             before = chain.counters()
             bound.poison()
+            first = bound.ran
+            counting = steps.logits[first:]
             found = time_steps(lambda i: bound.step(counting[i]), len(counting), seconds, FEWEST)
             counted = chain.counters() - before
-            last = steps.warm_up + len(found) - 1
-            self._check(bound, last)
+            self._check(bound, bound.ran - 1)
         told = times(found, alike=False)
         floor = against_floor(told["ms"], counted.bytes_fetched / len(found), bus, self.resident_ms)
         tokens = len(steps.x)
-        rates = predicted.hit_rates(
-            traces.needed(steps.chosen[: last + 1], DECODER.experts), self.slots, steps.warm_up
-        )
+        rates = {}
+        if self.slots < DECODER.experts:
+            needed = traces.needed(steps.chosen[: bound.ran], DECODER.experts)
+            rates = predicted.hit_rates(needed, self.slots, first)
         return {
             **told,
             **floor,

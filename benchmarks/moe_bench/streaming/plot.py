@@ -8,7 +8,12 @@ from typing import Any
 
 from moe_bench.streaming.report import TITLES
 
-COLOURS = {"host": "tab:blue", "device": "tab:green", "accelerate": "tab:red"}
+COLOURS = {
+    "host": "tab:blue",
+    "device": "tab:green",
+    "auto": "tab:olive",
+    "accelerate": "tab:red",
+}
 
 
 def draw(data: Mapping[str, Any], path: Path) -> None:

@@ -13,8 +13,10 @@ MIXTRAL = CASES["mixtral"]
 
 PARTS = ("C", "A", "B", "A32", "D")
 """In the order of their importance; A32 is A in float32."""
-MODES = ("host", "device")
-"""What drives the fetches: the host with the copy engines, or a kernel, inside of a CUDA graph."""
+MODES = ("host", "device", "auto")
+"""What drives the fetches: the host with the copy engines; a kernel, inside of a CUDA graph; or
+whichever the library takes for a call, launched one by one."""
+DEFAULT_MODES = ("host", "device")
 
 EXAMPLE_SLOTS = (4, 16, 8)
 EXAMPLE_TOKENS = (512, 4096, 40960)
@@ -28,9 +30,7 @@ DECODER_BUDGETS = (25, 50, 10, 100)
 """Slots of each layer in percent of its experts; at 100 all stay."""
 DECODER_TOKENS = (1, 8, 64, 4096)
 LOCALITY = 0.5
-"""Part of a step's scores that the next step keeps; see traces.skewed."""
-COVERAGE = {0.25: 0.69, 0.5: 0.90, 0.75: 0.98}
-"""Part of the choices that go to the hottest part of a layer's experts, about."""
+"""Correlation of an expert's score from step to step; see moe_infer.simulate.generate."""
 
 MIXTRAL_LAYERS = 4
 MIXTRAL_SLOTS = 2
@@ -44,7 +44,7 @@ DISK_PINNED = "64M"
 
 INFMOE_MS = {512: 291.0, 4096: 307.0, 40960: 453.0}
 """InfMoE on its example with 4 slots in float32, measured on an H200."""
-BUS_SHARE = {"host": 0.95, "device": 0.91}
+BUS_SHARE = {"host": 0.95, "device": 0.91, "auto": 0.91}
 """Of the bus's speed, for what is bound by it."""
 HITS_OVER_RESIDENT = 1.03
 EXAMPLE_MOST_MS = 150.0

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-
+import numpy as np
 import torch
 
 from moe_bench.cases import Case
-from moe_bench.streaming.shapes import COVERAGE
 from moe_bench.weights import TORCH_DTYPES
+from moe_infer.simulate import generate
 
 LARGEST = 2.0
 STEP = 1 / 8
 REST = -4.0
+_TOKENS_OF_ALL_LAYERS = 1 << 15
 
 
 def skewed(
@@ -26,35 +24,19 @@ def skewed(
     seed: int,
     device: str = "cuda",
 ) -> torch.Tensor:
-    """Choices (steps, layers, tokens, top_k), int64, each token's highest first.
+    """Choices (steps, layers, tokens, top_k), int64, of ``moe_infer.simulate.generate``.
 
-    In each layer the experts have an order of their own and shares that fall off exponentially, so
-    steep that the hottest quarter gets 69 % of the choices; half then get about 90 %, three
-    quarters 98 %. A token's choices are its top k of the shares' logarithms plus Gumbel noise. From
-    a step to the next each expert's noise stays with the probability ``locality`` and is drawn anew
-    otherwise, which leaves the shares as they are.
+    Each step's tokens continue sequences of their own, whose scores are correlated from step to
+    step by ``locality``; see there for the skew. Where a step has thousands of tokens, layers take
+    the choices of fewer in turn: making them takes long, and nearly all experts are needed.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    steepness = _steepness(case.experts, case.top_k)
-    ranks = torch.stack(
-        [torch.randperm(case.experts, generator=generator, device=device) for _ in range(layers)]
+    distinct = min(layers, max(1, _TOKENS_OF_ALL_LAYERS // tokens))
+    trace = generate(
+        case.experts, case.top_k, distinct, steps, sequences=tokens, locality=locality, seed=seed
     )
-    shares = (-steepness / case.experts) * ranks[:, None, :].float()
-
-    def noise() -> torch.Tensor:
-        uniform = torch.rand(
-            (layers, tokens, case.experts), generator=generator, device=device
-        ).clamp_(1e-30, 1 - 1e-7)
-        return -(-uniform.log()).log()
-
-    kept = noise()
-    chosen = []
-    for _ in range(steps):
-        chosen.append((shares + kept).topk(case.top_k, dim=-1).indices)
-        fresh = noise()
-        stays = torch.rand(kept.shape, generator=generator, device=device) < locality
-        kept = torch.where(stays, kept, fresh)
-    return torch.stack(chosen)
+    choices = torch.from_numpy(trace.choices.astype(np.int64))
+    turns = torch.arange(layers) % distinct
+    return choices[turns].permute(2, 0, 1, 3).contiguous().to(device)
 
 
 def few(case: Case, layers: int, steps: int, experts: int, seed: int, device: str) -> torch.Tensor:
@@ -103,31 +85,5 @@ def coverage(chosen: torch.Tensor, experts: int) -> dict[str, float]:
     ordered = counts.sort(dim=-1, descending=True).values.cumsum(-1)
     return {
         f"{part:g}": float((ordered[:, round(part * experts) - 1] / ordered[:, -1]).mean())
-        for part in COVERAGE
+        for part in (0.25, 0.5, 0.75)
     }
-
-
-@functools.cache
-def _steepness(experts: int, top_k: int) -> float:
-    """How steeply shares must fall for the wanted coverage of the hottest quarter.
-
-    Choices without replacement flatten what the shares say: an expert of share s is among a token's
-    with a probability of about 1 - exp(-s t), where t makes the sum top_k.
-    """
-    quarter = min(COVERAGE)
-
-    def covered(steepness: float) -> float:
-        shares = [math.exp(-steepness * rank / experts) for rank in range(experts)]
-        t = _root(lambda t: sum(-math.expm1(-s * t) for s in shares) - top_k, 0.0, 1e12)
-        chances = [-math.expm1(-s * t) for s in shares]
-        return sum(chances[: max(1, round(quarter * experts))]) / sum(chances)
-
-    return _root(lambda a: covered(a) - COVERAGE[quarter], 0.0, 60.0)
-
-
-def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a growing function crosses zero."""
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < 0 else (low, middle)
-    return (low + high) / 2
