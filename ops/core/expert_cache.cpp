@@ -101,12 +101,32 @@ void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
   taken_.order_before(copy_stream_.get());
 }
 
-void ExpertCache::bring(PlannedExpert const& planned) {
-  use_.needed(planned.expert);
-  if (planned.hit != 0) {
-    ++hits_;
-    return;
+ExpertCache::Call ExpertCache::plan(int32_t const* counts) {
+  Call call;
+  call.needed = plan_call(policy_, &tables_, counts, plan_.data());
+  for (int32_t i = 0; i < call.needed; ++i) {
+    auto const& planned = plan_[static_cast<size_t>(i)];
+    use_.needed(planned.expert);
+    call.hits += planned.hit;
   }
+  call.brought = call.hits;
+  hits_ += call.hits;
+  return call;
+}
+
+void ExpertCache::bring_ahead(Call* call, int32_t const* counts) {
+  // Slots that were filled last are not filled again at once (policy.h), so these misses take none from each other.
+  int32_t const ahead = std::max(1, fills_in_flight(tables_.slot_count));
+  while (call->brought < call->needed && call->brought - std::max(call->run, call->hits) < ahead) {
+    auto const& planned = plan_[static_cast<size_t>(call->brought)];
+    bool const takes_needed = planned.evicted >= 0 && counts[planned.evicted] > 0;
+    if (takes_needed && call->run < call->hits) return;  // it may be a hit that has not run yet
+    bring(planned);
+    ++call->brought;
+  }
+}
+
+void ExpertCache::bring(PlannedExpert const& planned) {
   if (planned.evicted >= 0) {
     use_.lies_in(planned.evicted, -1);
     ++evictions_;
@@ -116,12 +136,12 @@ void ExpertCache::bring(PlannedExpert const& planned) {
   ++misses_;
 }
 
-void ExpertCache::forget(int32_t first, int32_t needed) noexcept {
-  for (int32_t i = first; i < needed; ++i) {
+void ExpertCache::forget(Call const& call) noexcept {
+  // What was brought ahead may still be on its way into a slot that is empty from now on.
+  cudaStreamSynchronize(copy_stream_.get());
+  cudaStreamSynchronize(pack_stream_.get());
+  for (int32_t i = std::max(call.run, call.hits); i < call.needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
-    if (planned.hit != 0) {
-      continue;  // is in its slot, unless the plan gave that to a miss, which comes later in this loop
-    }
     use_.lies_in(planned.expert, -1);
     if (planned.evicted >= 0) {
       use_.lies_in(planned.evicted, -1);

@@ -38,17 +38,18 @@ class ExpertCache {
   // Loads every expert into the slot of its number and waits. Only when slots >= expert_count.
   void load_all();
 
-  // Streaming: brings the needed experts in, one after another, while `use` runs those that are there, in the order and
-  // the slots that plan_call decides (policy.h). For each, `use(expert, slot)` is called once its bytes are ordered
-  // before `stream`; a slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each
-  // expert. Not for two threads at once. After an exception the cache can be used again; what failed is not in it.
+  // Streaming: brings the needed experts in, in the order and the slots that plan_call decides (policy.h), while `use`
+  // runs those that are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a
+  // slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two
+  // threads at once. After an exception the cache can be used again; what failed is not in it.
   template <class Use>
   void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
-    int32_t const needed = plan_call(policy_, &tables_, counts, plan_.data());
-    for (int32_t i = 0; i < needed; ++i) {
-      auto const& planned = plan_[static_cast<size_t>(i)];
-      try {
-        bring(planned);
+    Call call = plan(counts);
+    try {
+      while (call.run < call.needed) {
+        // The bus begins before the experts that are there are enqueued, and stays ahead of what runs.
+        bring_ahead(&call, counts);
+        auto const& planned = plan_[static_cast<size_t>(call.run)];
         ready(planned.slot, stream);
         try {
           use(planned.expert, planned.slot);
@@ -57,10 +58,11 @@ class ExpertCache {
           throw;
         }
         used(planned.slot, stream);
-      } catch (...) {
-        forget(i, needed);
-        throw;
+        ++call.run;
       }
+    } catch (...) {
+      forget(call);
+      throw;
     }
   }
 
@@ -94,10 +96,20 @@ class ExpertCache {
     uint64_t bytes() const { return static_cast<uint64_t>(count) * size_of(piece->dtype); }
   };
 
-  // Fetches a miss; counts what was done.
+  // How far a call is. Entries of plan_: hits, then misses.
+  struct Call {
+    int32_t needed = 0;
+    int32_t hits = 0;
+    int32_t brought = 0;  // misses before this entry have been brought
+    int32_t run = 0;      // entries before this have run
+  };
+
+  Call plan(int32_t const* counts);
+  // Brings the misses that may be brought by now, at least the next expert to run.
+  void bring_ahead(Call* call, int32_t const* counts);
   void bring(PlannedExpert const& planned);
-  // The call ended in this entry of the plan: what it and those after it were to fetch is not there.
-  void forget(int32_t first, int32_t needed) noexcept;
+  // The call ended early: of what it was to fetch, only what has run is there.
+  void forget(Call const& call) noexcept;
   void fetch(int32_t expert, int32_t slot);
   void list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes);
   void send(Transfer const& transfer, void const* source, uint8_t* slot);
