@@ -22,4 +22,5 @@ def unpack(name: str, folder: Path) -> Path:
 def recorded(name: str) -> tuple[dict[str, Any], Any]:
     """Inputs, and PyTorch's output for them."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as archive:
-        return {"input_ids": archive["input_ids"]}, archive["logits"]
+        feeds = dict(archive)
+    return feeds, feeds.pop("logits")

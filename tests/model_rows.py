@@ -94,6 +94,9 @@ _LAYERS: dict[str, dict[str, Any]] = {
 }
 """Attributes that a family's layers have, whatever exported it."""
 
+GENAI = "onnxruntime-genai 0.18"
+"""Its builder, on a model that the named transformers made; 32-bit, for the CPU."""
+
 ONE_TOKEN = "torchscript, one token"
 """The sample input has one token, which chooses only some of the experts."""
 
@@ -136,6 +139,34 @@ ROWS: tuple[Row, ...] = (
             ("gpt-oss", "transformers", "gpt-oss-transformers", _LAYERS["gpt-oss"]),
             ("Switch", "torchscript", "switch-torchscript", {"top_k": 1}),
         )
+    ),
+    Row(
+        "gpt-oss",
+        GENAI,
+        1,
+        # A softmax of the chosen is that of all, divided by the sum of the chosen.
+        {
+            **_LAYERS["gpt-oss"],
+            "moe_variant": "softmax_topk",
+            "normalize_routing_weights": 1,
+        },
+        fixture="gpt-oss-genai",
+        transformers="5.17",
+    ),
+    Row(
+        "Qwen3.5-MoE",
+        GENAI,
+        1,
+        {"expert_sublayer_type": "Gated_SiLU", "normalize_routing_weights": 1},
+        fixture="qwen3.5-moe-genai",
+        transformers="5.17",
+    ),
+    Row(
+        "Qwen3.5-MoE",
+        f"{GENAI}, int4",
+        refusal="the experts are quantised (QMoE, 4 bits",
+        fixture="qwen3.5-moe-genai-int4",
+        transformers="5.17",
     ),
     *(
         Row(family, exporter, refusal=refusal, fixture=fixture, transformers="4.57")

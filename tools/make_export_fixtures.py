@@ -3,19 +3,22 @@
     python -m venv old && old/bin/pip install torch onnxscript "transformers==4.57.*" optimum-onnx
     old/bin/python tools/make_export_fixtures.py
 
-    python -m venv 517 && 517/bin/pip install torch==2.11.0 onnxscript "transformers==5.17.*"
+    python -m venv 517 && 517/bin/pip install torch==2.11.0 onnxscript "transformers==5.17.*" \
+        onnxruntime "onnxruntime-genai==0.18.*"
     517/bin/python tools/make_export_fixtures.py
 
 Those of the installed release are made. Each is the graph of a tiny model with random weights
-(NAME.onnx.gz), as the exporter wrote it but for its traces of the source, and PyTorch's outputs for
-some inputs (NAME.npz). ``missing`` ones are recorded with one token, so that their loops hold only
-the experts that it chose; Switch's ``one-token`` also holds that there was one.
+(NAME.onnx.gz), as the exporter wrote it but for its traces of the source, inputs for it, and
+PyTorch's logits for them (NAME.npz). ``missing`` ones are recorded with one token, so that their
+loops hold only the experts that it chose; Switch's ``one-token`` also holds that there was one.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -88,6 +91,53 @@ _NLLB: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 
+_GPT_OSS_GENAI: dict[str, Any] = {
+    "vocab_size": 40,  # the builder takes whatever Linear has as many rows for the head
+    "hidden_size": 16,
+    "num_local_experts": 4,
+    "head_dim": 16,
+    "sliding_window": 16,
+    "tie_word_embeddings": False,
+    "swiglu_limit": 7.0,
+    # A short context keeps the tables of the rotary embedding small.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "rope_theta": 150000.0,
+        "beta_fast": 1.5,
+        "beta_slow": 0.5,
+        "truncate": False,
+        "original_max_position_embeddings": 16,
+    },
+}
+_QWEN_GENAI: dict[str, Any] = {
+    "text_config": {
+        **_SIZES,
+        "vocab_size": 40,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        # ONNX Runtime 1.32's CPU has no rotary embedding with positions in three dimensions.
+        "layer_types": ["linear_attention"],
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 16,
+        "patch_size": 4,
+    },
+    "tie_word_embeddings": False,
+}
+
 
 @dataclass(frozen=True)
 class Fixture:
@@ -103,6 +153,13 @@ class Fixture:
     causal: bool = True
     release: str = "4.57"
     """Of transformers."""
+    precision: str = "fp32"
+    """For onnxruntime-genai's builder."""
+
+    @property
+    def encoder(self) -> bool:
+        """Whether the graph is an encoder's, without a head."""
+        return not self.causal and self.exporter != "genai"
 
 
 FIXTURES = (
@@ -153,6 +210,17 @@ FIXTURES = (
         (4, 24),
         False,
         release="5.17",
+    ),
+    Fixture("gpt-oss-genai", "GptOss", "genai", _GPT_OSS_GENAI, release="5.17"),
+    Fixture("qwen3.5-moe-genai", "Qwen3_5Moe", "genai", _QWEN_GENAI, causal=False, release="5.17"),
+    Fixture(
+        "qwen3.5-moe-genai-int4",
+        "Qwen3_5Moe",
+        "genai",
+        _QWEN_GENAI,
+        causal=False,
+        release="5.17",
+        precision="int4",
     ),
 )
 
@@ -211,7 +279,7 @@ def _model(fixture: Fixture) -> Any:
 
 
 def _torchscript(fixture: Fixture, model: Any, ids: torch.Tensor, path: Path) -> None:
-    wrapped = (_Causal if fixture.causal else _Encoder)(model).eval()
+    wrapped = (_Encoder if fixture.encoder else _Causal)(model).eval()
     torch.onnx.export(
         wrapped,
         (ids,),
@@ -256,11 +324,54 @@ def _transformers(fixture: Fixture, model: Any, ids: torch.Tensor, path: Path) -
     program.save(os.fspath(path), external_data=False)
 
 
+def _genai(fixture: Fixture, model: Any, ids: torch.Tensor, path: Path) -> None:
+    """What a user of onnxruntime-genai does with a local folder."""
+    from tokenizers import Tokenizer, models
+
+    source, built = path.parent / "source", path.parent / "built"
+    model.save_pretrained(source)
+    words = {f"w{n}": n for n in range(model.config.get_text_config().vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    )
+    fast.save_pretrained(source)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", fixture.name]
+    command += ["-i", str(source), "-o", str(built), "-c", str(path.parent / "cache")]
+    command += ["-p", fixture.precision, "-e", "cpu"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}")
+    onnx.save(onnx.load(built / "model.onnx"), path)
+
+
+def _without_past(
+    fixture: Fixture, model: onnx.ModelProto, batch: int, seq: int
+) -> dict[str, np.ndarray]:
+    """The other inputs of a decoder graph, for a prompt."""
+    # A cache of a sliding window is one buffer, of the window's size.
+    window = int(fixture.sizes.get("sliding_window", 0))
+    sizes = {"batch_size": batch, "sequence_length": seq}
+    sizes |= {"kv_cache_dim": int(fixture.sizes.get("head_dim", 0))}
+    sizes |= {"past_sequence_length": window, "past_sliding_length": window}
+    feeds: dict[str, np.ndarray] = {}
+    for value in model.graph.input:
+        shape = [d.dim_value or sizes.get(d.dim_param, 0) for d in value.type.tensor_type.shape.dim]
+        if value.name == "attention_mask":
+            feeds[value.name] = np.ones((batch, seq), np.int64)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.broadcast_to(np.arange(seq), shape)
+        elif value.name != "input_ids":
+            feeds[value.name] = np.zeros(shape, np.float32)
+    return feeds
+
+
 EXPORTERS: dict[str, Callable[[Fixture, Any, torch.Tensor, Path], None]] = {
     "torchscript": _torchscript,
     "dynamo": _dynamo,
     "optimum": _optimum,
     "transformers": _transformers,
+    "genai": _genai,
 }
 
 
@@ -287,10 +398,13 @@ def make(fixture: Fixture) -> int:
     packed = gzip.compress(graph, mtime=0)
     (FOLDER / f"{fixture.name}.onnx.gz").write_bytes(packed)
     ids = torch.randint(3, VOCAB, (3, 12))
-    wrapped = (_Plain if fixture.causal else _Encoder)(model).eval()
+    wrapped = (_Encoder if fixture.encoder else _Plain)(model).eval()
     with torch.no_grad():
         logits = wrapped(ids).numpy()
-    np.savez(FOLDER / f"{fixture.name}.npz", input_ids=ids.numpy(), logits=logits)
+    feeds = {"input_ids": ids.numpy()}
+    if fixture.exporter == "genai":
+        feeds |= _without_past(fixture, onnx.load_from_string(graph), *ids.shape)
+    np.savez_compressed(FOLDER / f"{fixture.name}.npz", **feeds, logits=logits)
     return len(packed)
 
 
@@ -302,7 +416,10 @@ def main() -> None:
     if not fixtures:
         known = ", ".join(sorted({fixture.release for fixture in FIXTURES}))
         raise SystemExit(f"transformers {release} is installed; fixtures are made with {known}")
+    chosen = sys.argv[1:]
     for fixture in fixtures:
+        if chosen and fixture.name not in chosen:
+            continue
         size = make(fixture)
         print(f"{fixture.name}: {size} bytes")
         assert size <= MOST_BYTES, f"{fixture.name} has {size} bytes, more than {MOST_BYTES}"
