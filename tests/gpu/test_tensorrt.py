@@ -287,23 +287,30 @@ def test_models_that_differ_in_attributes_alone_share_no_engine(tmp_path: Path) 
     assert count_engines(tmp_path / "cache") == 2
 
 
-def test_cuda_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("slots", "batch", "seq"), [(8, 2, 9), (4, 1, 2), (2, 1, 1)], ids=["resident", "some", "least"]
+)
+def test_cuda_graph(tmp_path: Path, slots: int, batch: int, seq: int) -> None:
+    """Also of a layer that streams, when its slots hold whatever the tokens may choose."""
     attributes = make_attributes(tmp_path, "Gated_SiLU", "softmax_topk", 8, D_MODEL, 96, 2)
+    attributes["max_concurrency"] = slots
     model = matmul_moe_add([attributes])
+    shape = f"x:{batch}x{seq}x{D_MODEL}"
     made = session(
         model,
         trt_cuda_graph_enable=True,
-        trt_profile_min_shapes="x:2x9x64",
-        trt_profile_opt_shapes="x:2x9x64",
-        trt_profile_max_shapes="x:2x9x64",
+        trt_profile_min_shapes=shape,
+        trt_profile_opt_shapes=shape,
+        trt_profile_max_shapes=shape,
     )
-    x = ort.OrtValue.ortvalue_from_numpy(tokens(2, 9), "cuda", 0)
-    y = ort.OrtValue.ortvalue_from_shape_and_type([2, 9, D_MODEL], np.float32, "cuda", 0)
+    x = ort.OrtValue.ortvalue_from_numpy(tokens(batch, seq), "cuda", 0)
+    size = [batch, seq, D_MODEL]
+    y = ort.OrtValue.ortvalue_from_shape_and_type(size, np.float32, "cuda", 0)
     binding = made.io_binding()
     binding.bind_ortvalue_input("x", x)
     binding.bind_ortvalue_output("y", y)
-    for seed in range(5):  # the first runs capture, the others replay on new data
-        values = tokens(2, 9, seed=seed)
+    for seed in range(12):  # the first runs capture, the others replay on new data
+        values = tokens(batch, seq, seed=seed)
         x.update_inplace(values)
         made.run_with_iobinding(binding)
         assert_close(y.numpy(), expect(model, [attributes], values), "float32")
