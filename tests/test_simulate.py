@@ -291,7 +291,7 @@ def test_the_optimum_by_trying_everything(calls: list[list[int]], slots: int) ->
 @given(
     st.lists(st.sets(st.integers(0, 9), max_size=6).map(sorted), max_size=40),
     st.integers(1, 11),
-    st.sampled_from(["lru", "lfu:4", "steady"]),
+    st.sampled_from(["lru", "lfu:4", "halved"]),
 )
 @settings(max_examples=100, deadline=None)
 def test_no_policy_beats_the_optimum(calls: list[list[int]], slots: int, policy: str) -> None:
@@ -355,8 +355,8 @@ def test_shared_slots() -> None:
     choices = generate(16, 2, 2, 500).choices.copy()
     choices[0] = [3, 7]
     trace = Trace(16, choices, ("even", "skewed"))
-    apart = compare(trace, [6], ["steady"])[0]
-    shared = compare(trace, [6], ["steady"], shared=True)[0]
+    apart = compare(trace, [6], ["halved"])[0]
+    shared = compare(trace, [6], ["halved"], shared=True)[0]
     assert (shared.slots, shared.calls) == (12, 1000)
     assert shared.hit_rate > apart.hit_rate + 0.02
 
@@ -433,7 +433,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["simulate", "--generate", generated, "--save", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     expected = compare(
-        generate(16, 2, 2, 100, locality=0.3, seed=4), [2, 4, 8], ["lru", "lfu", "steady", "belady"]
+        generate(16, 2, 2, 100, locality=0.3, seed=4), [2, 4, 8], ["lru", "lfu", "halved", "belady"]
     )
     assert told["points"] == [point.to_dict() for point in expected]
     arguments = ["simulate", str(path), "--slots", "4,50%", "--policy", "lru", "--prefill", "10"]

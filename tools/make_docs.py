@@ -14,15 +14,17 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from moe_bench import cases, report  # noqa: E402
+from policies import tables  # noqa: E402
 
 from moe_infer import op  # noqa: E402
 
-FILES = ("README.md", "docs/operator.md", "docs/models.md")
+FILES = ("README.md", "docs/operator.md", "docs/models.md", "docs/scheduling.md")
 RESIDENT_COLUMNS = (
     "bare_graph",
     "trt_graph",
@@ -148,6 +150,12 @@ def models() -> str:
     return table(header, rows)
 
 
+def policy_study(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A table of what benchmarks/policy_study.py found."""
+    path = ROOT / "benchmarks/results/policy_study.json"
+    return lambda: make(json.loads(path.read_text()))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
@@ -157,6 +165,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "sublayer_example": sublayer_example,
     "models": models,
     "resident": resident_table,
+    "policies": policy_study(tables.by_trace),
+    "budgets": policy_study(tables.by_budget),
+    "circles": policy_study(tables.circles),
+    "informed": policy_study(tables.informed),
+    "shared": policy_study(tables.shared),
 }
 
 

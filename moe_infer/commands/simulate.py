@@ -48,8 +48,8 @@ def add_parser(commands: Any) -> None:
     simulate.add_argument(
         "--policy",
         action="append",
-        metavar="lru | lfu:512 | ... | belady",
-        help="may be given several times; belady is the optimum. By default lru, lfu, steady, and"
+        metavar="lru | lfu:128 | ... | belady",
+        help="may be given several times; belady is the optimum. By default lru, lfu, halved, and"
         " belady",
     )
     simulate.add_argument("--batch", type=int, default=1, help="sequences in a call")
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     points = compare(
         trace,
         _slots(options.slots, trace.expert_count),
-        options.policy or ["lru", "lfu", "steady", OPTIMUM],
+        options.policy or ["lru", "lfu", "halved", OPTIMUM],
         options.batch,
         options.prefill,
         machine,

@@ -21,7 +21,8 @@ from moe_infer.simulate.trace import Trace
 COVERAGE = (0.69, 0.90, 0.98)
 """Part of the choices that the hottest quarter, half and three quarters of the experts get."""
 
-_NOISE = 1.28
+NOISE = 1.28
+"""Standard deviation of z, in units in which the weights are near the logarithm of the shares."""
 _FIT_TOKENS = 4096
 _FIT_STEPS = 60
 
@@ -60,7 +61,7 @@ def generate(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     shares = target_shares(expert_count, top_k, tuple(coverage))
-    weights = _fitted(expert_count, top_k, tuple(coverage))
+    weights = fitted_weights(expert_count, top_k, tuple(coverage))
     rng = np.random.default_rng(seed)
     order = np.stack([rng.permutation(expert_count) for _ in range(layers)])
     ordered = weights[order][:, None, :]
@@ -68,7 +69,7 @@ def generate(
     fresh = math.sqrt(1 - locality**2)
     choices = np.empty((layers, sequences, tokens, top_k), np.uint16)
     for token in range(tokens):
-        scores = ordered + _NOISE * noise
+        scores = ordered + NOISE * noise
         choices[:, :, token] = np.argpartition(-scores, top_k - 1, axis=-1)[..., :top_k]
         noise = locality * noise + fresh * rng.standard_normal(noise.shape)
     covered = ", ".join(f"{share:.2f}" for share in coverage)
@@ -114,13 +115,13 @@ def target_shares(expert_count: int, top_k: int, coverage: tuple[float, ...] = C
 
 
 @functools.lru_cache(maxsize=8)
-def _fitted(expert_count: int, top_k: int, coverage: tuple[float, ...]) -> Array:
+def fitted_weights(expert_count: int, top_k: int, coverage: tuple[float, ...]) -> Array:
     """Weights whose choices have the target's shares; by repeated correction, always the same."""
     target = target_shares(expert_count, top_k, coverage)
     rng = np.random.default_rng(20)
     weights = np.log(target)
     for step in range(_FIT_STEPS):
-        scores = weights + _NOISE * rng.standard_normal((_FIT_TOKENS, expert_count))
+        scores = weights + NOISE * rng.standard_normal((_FIT_TOKENS, expert_count))
         chosen = np.argpartition(-scores, top_k - 1, axis=-1)[:, :top_k]
         counts = np.bincount(chosen.reshape(-1), minlength=expert_count) + 0.5
         correction = np.log(target) - np.log(counts / (_FIT_TOKENS * top_k))

@@ -75,7 +75,7 @@ def policy_text(policy: str | None = None) -> str:
     """A policy with all its numbers.
 
     Args:
-        policy: such as ``lru``, ``lfu:256`` or ``steady``; None: what the environment variable
+        policy: such as ``lru``, ``lfu:256`` or ``halved``; None: what the environment variable
             MOE_INFER_POLICY says, else the default.
 
     Raises:

@@ -36,30 +36,24 @@
 
 namespace moe_infer {
 
-// Numbers of the C entry and of files: append only.
 enum class PolicyKind : int32_t {
-  kLru = 0,        // the least recently used expert leaves
-  kLfu = 1,        // the least frequently used one, where a use counts half after half_life calls
-  kSteadyLfu = 2,  // kLfu, and whoever is there has an advantage that grows while it stays: survives scans
+  kLru,           // the least recently used expert leaves
+  kLfu,           // the least frequently used one, where a use counts half after half_life calls
+  kHalvedCounts,  // whole counts, halved every half_life calls; of equals the one fetched last leaves: survives scans
 };
 
-// Largest values: the arithmetic below cannot overflow with them.
+// The arithmetic below cannot overflow up to here.
 constexpr uint32_t kMostHalfLife = 16384;
-constexpr uint32_t kMostStayCalls = 4096;
-constexpr uint32_t kMostStayPercent = 400;
 
-// Not every kind looks at every parameter.
 struct PolicySettings {
-  PolicyKind kind = PolicyKind::kSteadyLfu;
-  uint32_t half_life = 512;    // calls, 1 to kMostHalfLife
-  uint32_t stay_calls = 32;    // calls after which an expert has its whole advantage, 1 to kMostStayCalls
-  uint32_t stay_percent = 25;  // the whole advantage, 0 to kMostStayPercent
+  PolicyKind kind = PolicyKind::kHalvedCounts;
+  uint32_t half_life = 128;  // calls, 1 to kMostHalfLife; kLru does not look at it
 };
 
 // What a policy remembers of an expert, in a slot or not: an expert that comes back is judged by all its uses.
 struct ExpertHistory {
   uint64_t last_use = 0;  // clock; 0: never
-  uint32_t count = 0;     // decayed uses at last_use, kOneUse each
+  uint32_t count = 0;     // uses as they counted at last_use; of kLfu in units of 1 / kOneUse
   uint32_t fetched = 0;   // low bits of the clock of the call that fetched it last
 };
 static_assert(sizeof(ExpertHistory) == 16);
@@ -81,27 +75,35 @@ MOE_HOST_DEVICE inline uint32_t decayed(uint32_t count, uint64_t calls, uint32_t
   return static_cast<uint32_t>(whole - (whole * lost >> 32U));
 }
 
+// `count` as of `last_use` after the halvings that all counts go through when the clock is a multiple of half_life.
+MOE_HOST_DEVICE inline uint32_t halved(uint32_t count, uint64_t last_use, uint64_t clock, uint32_t half_life) {
+  uint64_t const halvings = clock / half_life - last_use / half_life;
+  return halvings < 32 ? count >> halvings : 0;
+}
+
 // An expert is needed in the call with this clock. Once for each expert and call, however many tokens chose it.
 MOE_HOST_DEVICE inline void record_use(PolicySettings const& settings, ExpertHistory* history, uint64_t clock) {
-  // Converges below kOneUse * (1.5 * half_life + 1), which is less than 2^32.
-  history->count = decayed(history->count, clock - history->last_use, settings.half_life) + kOneUse;
+  if (settings.kind == PolicyKind::kHalvedCounts) {
+    history->count = halved(history->count, history->last_use, clock, settings.half_life) + 1;  // <= 2 * half_life
+  } else {
+    // Converges below kOneUse * (1.5 * half_life + 1), which is less than 2^32.
+    history->count = decayed(history->count, clock - history->last_use, settings.half_life) + kOneUse;
+  }
   history->last_use = clock;
 }
 
-// How much an expert is worth keeping in the call with this clock; the smallest leaves first.
+// How much an expert is worth keeping in the call with this clock; the smallest leaves first. Below 2^62.
 MOE_HOST_DEVICE inline uint64_t retention(PolicySettings const& settings, ExpertHistory const& history,
                                           uint64_t clock) {
   if (settings.kind == PolicyKind::kLru) {
     return history.last_use;
   }
-  uint64_t const count = decayed(history.count, clock - history.last_use, settings.half_life);
   if (settings.kind == PolicyKind::kLfu) {
-    return count;
+    return decayed(history.count, clock - history.last_use, settings.half_life);
   }
-  // Unsigned: right across the wrap of 32 bits.
-  uint32_t const age = static_cast<uint32_t>(clock) - history.fetched;
-  uint32_t const stayed = age < settings.stay_calls ? age : settings.stay_calls;
-  return count * (100ULL * settings.stay_calls + static_cast<uint64_t>(stayed) * settings.stay_percent);
+  uint64_t const count = halved(history.count, history.last_use, clock, settings.half_life);
+  // Calls since it was fetched; unsigned, hence right across the wrap of 32 bits.
+  return count << 32U | (static_cast<uint32_t>(clock) - history.fetched);
 }
 
 // The tables of one cache. An expert has at most one slot and a slot at most one expert, and the two agree.

@@ -1,4 +1,4 @@
-// How a user names a policy: NAME or NAME:NUMBER:NUMBER..., as in MOE_INFER_POLICY.
+// How a user names a policy: NAME or NAME:HALF_LIFE, as in MOE_INFER_POLICY.
 #pragma once
 
 #include <string>
@@ -7,14 +7,14 @@
 
 namespace moe_infer {
 
-// Numbers that are left away keep their defaults. `source` begins the sentence of an error. Throws
+// A half-life that is left away is the default. `source` begins the sentence of an error. Throws
 // Error(MOE_INFER_INVALID).
 PolicySettings parse_policy(std::string const& text, std::string const& source);
 
 // What MOE_INFER_POLICY says; the default when it is not set or empty.
 PolicySettings policy_from_environment();
 
-// The text that parse_policy takes, with all numbers that the policy looks at.
+// The text that parse_policy takes, with its half-life if it has one.
 std::string to_text(PolicySettings const& settings);
 
 }  // namespace moe_infer
