@@ -63,6 +63,13 @@ def refused(path: Path, folder: Path) -> RewriteReport:
     return report
 
 
+def assert_left_alone(path: Path, folder: Path, reason: str) -> RewriteReport:
+    """Nothing is found in a graph, nothing written, and the reason is among those of the report."""
+    report = refused(path, folder)
+    assert any(reason in miss.reason for miss in report.near_misses), str(report)
+    return report
+
+
 def nodes(graph: onnx.GraphProto, op_type: str) -> list[onnx.NodeProto]:
     """Nodes of a type, in order."""
     return [n for n in graph.node if n.op_type == op_type]

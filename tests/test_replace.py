@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from evaluate_graph import assert_same_outputs, run_reference, run_runtime
 from models_text import block, tokens
-from moe_infer.graph.replace import ReplaceError, attribute_digest, replace_with_moe_layer
+from moe_infer.graph.layer_checks import ReplaceError
+from moe_infer.graph.replace import attribute_digest, replace_with_moe_layer
 from moe_infer.graph.rewrite import rewrite
 from moe_infer.op import DOMAIN, OP_TYPE, LayerConfig
 

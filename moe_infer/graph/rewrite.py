@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from moe_infer.graph.candidates import candidates, outside
+from moe_infer.graph.edits import add_value_info, remove_unread
 from moe_infer.graph.experts_file import (
     Source,
     layer_prefix,
@@ -20,16 +21,11 @@ from moe_infer.graph.experts_file import (
 )
 from moe_infer.graph.external import Constant, all_tensors, model_dir
 from moe_infer.graph.known_sizes import fold_known_sizes
+from moe_infer.graph.layer_checks import ReplaceError, check_types
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.progress import bytes_bar
-from moe_infer.graph.replace import (
-    ReplaceError,
-    add_value_info,
-    check_region,
-    check_types,
-    remove_unread,
-    replace_with_moe_layer,
-)
+from moe_infer.graph.region import check_region
+from moe_infer.graph.replace import replace_with_moe_layer
 from moe_infer.graph.report import LayerReport, RewriteReport
 from moe_infer.graph.save import bytes_to_move, save_model
 from moe_infer.graph.shapes import ValueTypes, infer_types

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnx
 
+from moe_infer.graph.edits import add_opset, add_value_info, rename_value
 from moe_infer.graph.lower_nodes import load_model, read_layers
-from moe_infer.graph.replace import add_opset, add_value_info, digest_name, rename_value
+from moe_infer.graph.replace import digest_name
 from moe_infer.graph.shapes import infer_types
 from moe_infer.weights.atomic import AtomicFile
 
