@@ -145,9 +145,10 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
                                 : std::to_string(tokens) + " tokens may need " + std::to_string(most_needed) +
                                       " experts, and there are " + std::to_string(config.max_concurrency) +
                                       " slots (max_concurrency)";
-    throw invalid("MoELayer: a CUDA graph can capture a layer that streams its experts only if the device fetches them: " +
-                  why + "; or set max_concurrency to expert_count (" + std::to_string(config.expert_count) +
-                  "), or do not use CUDA graphs");
+    throw invalid(
+        "MoELayer: a CUDA graph can capture a layer that streams its experts only if the device fetches them: " + why +
+        "; or set max_concurrency to expert_count (" + std::to_string(config.expert_count) +
+        "), or do not use CUDA graphs");
   }
   return Experts::kFromHost;
 }
@@ -203,26 +204,18 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
   int64_t const rows = tokens * config.top_k;
   bool const overlap = experts != Experts::kFromHost && is_hopper();
   auto const groups = all_groups(experts, workspace);
-  select(hidden_states, router_logits, tokens, workspace, stream);
-  if (experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token()) {
-    if (experts == Experts::kFromDevice) {
-      NeededExperts needed;
-      needed.choices = workspace.routing.expert_of_choice;
-      needed.choice_count = config.top_k;
-      device_fetch_->enqueue(needed, overlap, stream);
-    }
-    run_token(hidden_states, output, workspace, groups, overlap, stream);
+  bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
+  bool const plans = as_token && experts == Experts::kFromDevice;
+  select(hidden_states, router_logits, tokens, workspace, plans, stream);
+  if (as_token) {
+    run_token(hidden_states, output, workspace, groups, plans, overlap, stream);
     return;
   }
   group(hidden_states, tokens, workspace, overlap, stream);
   if (experts == Experts::kFromHost) {
     run_from_host(rows, workspace, stream);
   } else {
-    if (experts == Experts::kFromDevice) {
-      NeededExperts needed;
-      needed.counts = workspace.routing.counts;
-      device_fetch_->enqueue(needed, overlap, stream);
-    }
+    if (experts == Experts::kFromDevice) device_fetch_->enqueue(workspace.routing.counts, overlap, stream);
     plan_.sub_layer().run(call(rows, workspace, groups, overlap, stream));
   }
   combine(workspace.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
@@ -245,7 +238,7 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
 }
 
 void MoELayer::select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-                      cudaStream_t stream) const {
+                      bool plans, cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   auto const& routing = workspace.routing;
@@ -255,7 +248,11 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, int6
   }
   void const* const scores = inputs.has_logits ? router_logits : routing.scores;
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
-  select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
+  if (plans) {
+    device_fetch_->select_and_plan(router_params_, scores, scores_dtype, routing, stream);
+  } else {
+    select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
+  }
 }
 
 void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
@@ -290,7 +287,7 @@ bool MoELayer::runs_single_token(int64_t tokens) const {
 }
 
 void MoELayer::run_token(void const* hidden_states, void* output, Workspace const& workspace,
-                         ExpertGroups const& groups, bool overlap, cudaStream_t stream) const {
+                         ExpertGroups const& groups, bool fetches, bool overlap, cudaStream_t stream) const {
   auto const& config = plan_.config();
   TokenChoices token;
   token.hidden_states = hidden_states;
@@ -299,6 +296,7 @@ void MoELayer::run_token(void const* hidden_states, void* output, Workspace cons
   token.top_k = config.top_k;
   token.keep = config.router == Router::kBaseLayer;
   token.output = output;
+  if (fetches) token.copy = device_fetch_->copy();
   plan_.sub_layer().run_token(groups, token, workspace.sub_layer, overlap, stream);
 }
 

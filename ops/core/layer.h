@@ -85,13 +85,14 @@ class MoELayer {
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace) const;
   void run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
                    Workspace const& workspace, cudaStream_t stream);
+  // `plans`: for a single token whose experts the device fetches, also which slots they take.
   void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-              cudaStream_t stream) const;
+              bool plans, cudaStream_t stream) const;
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
              cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
   void run_token(void const* hidden_states, void* output, Workspace const& workspace, ExpertGroups const& groups,
-                 bool overlap, cudaStream_t stream) const;
+                 bool fetches, bool overlap, cudaStream_t stream) const;
   void run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
                      Workspace const& workspace, cudaStream_t stream);
   void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);

@@ -11,10 +11,10 @@ namespace moe_infer {
 namespace {
 
 constexpr uint64_t kAlignment = 16;
-// What a block has in flight at once (copy_experts.cu).
+// What a block of 256 threads has in flight at once (copy_block.cuh), twice.
 constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
-// Enough for the bus's full speed; every block is taken from the kernels that compute meanwhile.
-constexpr unsigned kBlocks = 4;
+// Enough for the bus's full speed: 256 KiB in flight. Half as much reaches half of it, twice as much no more.
+constexpr unsigned kBlocks = 8;
 
 unsigned blocks_from_environment() {
   // For benchmarks/streaming.py, which measures what kBlocks should be.
@@ -72,16 +72,18 @@ std::string DeviceFetch::why_not(ExpertCache const& cache) {
   for (int32_t expert = 0; expert < cache.tables().expert_count; ++expert) {
     auto const& pieces = store.pieces(expert);
     if (!lies_as_in_slots(pieces, cache.layout(), cache.dtype())) {
-      return store.path() + " holds experts in another type or row order than the kernels read; write it with "
-                            "moe_infer.rewrite, in the model's type";
+      return store.path() +
+             " holds experts in another type or row order than the kernels read; write it with "
+             "moe_infer.rewrite, in the model's type";
     }
     if (!store.is_pinned(expert)) {
       return "not all experts are in page-locked memory; raise MOE_INFER_PINNED_BYTES";
     }
     for (auto const& piece : pieces) {
       if (reinterpret_cast<uintptr_t>(piece.data) % kAlignment != 0) {
-        return store.path() + " has tensors that do not begin at a multiple of 16 bytes; write it with "
-                              "moe_infer.rewrite";
+        return store.path() +
+               " has tensors that do not begin at a multiple of 16 bytes; write it with "
+               "moe_infer.rewrite";
       }
     }
   }
@@ -92,8 +94,7 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache)
     : policy_(cache.policy()),
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
-      device_(current_device()),
-      blocks_(blocks_from_environment()) {
+      device_(current_device()) {
   std::vector<void const*> tensors;
   for (int32_t expert = 0; expert < experts_; ++expert) {
     for (auto const& piece : cache.store().pieces(expert)) {
@@ -106,16 +107,18 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache)
   for (auto const& chunk : chunks) expert_bytes_ += chunk.bytes;
   sources_ = upload(tensors);
   chunks_ = upload(chunks);
-  source_.tensors = sources_.as<uint8_t const*>();
-  source_.tensor_count = static_cast<int32_t>(cache.layout().offsets.size());
-  source_.chunks = chunks_.as<FetchChunk>();
-  source_.chunk_count = static_cast<int32_t>(chunks.size());
-  source_.slots = const_cast<uint8_t*>(cache.slots());
-  source_.slot_bytes = cache.slot_bytes();
+  auto& source = copy_.source;
+  source.tensors = sources_.as<uint8_t const*>();
+  source.tensor_count = static_cast<int32_t>(cache.layout().offsets.size());
+  source.chunks = chunks_.as<FetchChunk>();
+  source.chunk_count = static_cast<int32_t>(chunks.size());
+  source.slots = const_cast<uint8_t*>(cache.slots());
+  source.slot_bytes = cache.slot_bytes();
 
-  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &tables_, &shared_bytes_);
+  copy_.blocks = blocks_from_environment();
+  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
   memory_ = allocate_device(bytes, "the tables of an expert cache", "free some GPU memory");
-  FetchTables::layout(experts_, slots_, memory_.bytes(), &tables_, &shared_bytes_);
+  FetchTables::layout(experts_, slots_, memory_.bytes(), &copy_.tables, &shared_bytes_);
   MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));
   staging_ = allocate_pinned(shared_bytes_);
   cudaStream_t const stream = nullptr;
@@ -123,14 +126,20 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache)
   MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-void DeviceFetch::enqueue(NeededExperts const& needed, bool overlap, cudaStream_t stream) const {
-  plan_fetch(policy_, experts_, slots_, needed, tables_, overlap, stream);
-  copy_experts(source_, tables_, blocks_, overlap, stream);
+void DeviceFetch::enqueue(int32_t const* counts, bool overlap, cudaStream_t stream) const {
+  NeededExperts needed;
+  needed.counts = counts;
+  plan_fetch(policy_, experts_, slots_, needed, copy_.tables, overlap, stream);
+  copy_experts(copy_, overlap, stream);
+}
+
+void DeviceFetch::select_and_plan(RouterParams const& params, void const* scores, DataType scores_dtype,
+                                  Routing const& routing, cudaStream_t stream) const {
+  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, copy_.tables, stream);
 }
 
 void DeviceFetch::begin_take(cudaStream_t stream) {
-  MOE_CUDA_CHECK(
-      cudaMemcpyAsync(staging_.bytes(), memory_.bytes(), shared_bytes_, cudaMemcpyDeviceToHost, stream));
+  MOE_CUDA_CHECK(cudaMemcpyAsync(staging_.bytes(), memory_.bytes(), shared_bytes_, cudaMemcpyDeviceToHost, stream));
 }
 
 void DeviceFetch::end_take(ExpertCache* cache, cudaStream_t stream) const { cache->set_tables(on_host(), stream); }
@@ -142,10 +151,9 @@ void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
   std::memcpy(to.slot_of_expert, from.slot_of_expert, sizeof(int32_t) * static_cast<size_t>(experts_));
   std::memcpy(to.expert_of_slot, from.expert_of_slot, sizeof(int32_t) * static_cast<size_t>(slots_));
   std::memcpy(staging_.bytes(), &from.clock, sizeof(from.clock));
-  MOE_CUDA_CHECK(
-      cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
+  MOE_CUDA_CHECK(cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
   // Whatever is in a slot by then is there: any value but 0 says so.
-  MOE_CUDA_CHECK(cudaMemsetAsync(tables_.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
+  MOE_CUDA_CHECK(cudaMemsetAsync(copy_.tables.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
 }
 
 CacheTables DeviceFetch::on_host() const {
@@ -167,10 +175,10 @@ void DeviceFetch::add_statistics(LayerStatistics* statistics) const {
   FetchCounters counters;
   std::vector<int64_t> uses(static_cast<size_t>(experts_));
   MOE_CUDA_CHECK(cudaDeviceSynchronize());  // the caller's streams are not known here
-  MOE_CUDA_CHECK(cudaMemcpy(&counters, tables_.counters, sizeof(counters), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), tables_.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), tables_.slot_of_expert, sizeof(int32_t) * uses.size(),
-                            cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&counters, copy_.tables.counters, sizeof(counters), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), copy_.tables.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), copy_.tables.slot_of_expert,
+                            sizeof(int32_t) * uses.size(), cudaMemcpyDeviceToHost));
   for (size_t i = 0; i < uses.size(); ++i) statistics->uses[i] += uses[i];
   statistics->counters.hits += counters.hits;
   statistics->counters.misses += counters.misses;

@@ -37,12 +37,17 @@ class DeviceFetch {
 
   explicit DeviceFetch(ExpertCache const& cache);
 
-  // Enqueues the fetch of what the call needs: at most as many experts as there are slots. `overlap`: the kernel before
-  // and the next are of this library; the next one must follow ExpertGroups::there.
-  void enqueue(NeededExperts const& needed, bool overlap, cudaStream_t stream) const;
+  // A call needs at most as many experts as there are slots. Enqueues the fetch of what it needs, by the rows of each
+  // expert (experts). `overlap`: the kernel before and the next are of this library; the next one must follow
+  // ExpertGroups::there.
+  void enqueue(int32_t const* counts, bool overlap, cudaStream_t stream) const;
+  // For a single token: chooses its experts as select_experts does, and plans; the copy is then the caller's part.
+  void select_and_plan(RouterParams const& params, void const* scores, DataType scores_dtype, Routing const& routing,
+                       cudaStream_t stream) const;
+  ExpertCopy const& copy() const { return copy_; }
   // Where enqueue finds and puts experts.
-  int32_t const* slot_of_expert() const { return tables_.slot_of_expert; }
-  uint32_t const* there() const { return tables_.there; }
+  int32_t const* slot_of_expert() const { return copy_.tables.slot_of_expert; }
+  uint32_t const* there() const { return copy_.tables.there; }
 
   // For a call that the host drives. begin_take copies the tables as `stream` has them; when the stream is there,
   // end_take hands them to the cache; return_tables brings them back, in the order of `stream`. One call at a time.
@@ -59,13 +64,11 @@ class DeviceFetch {
   PolicySettings policy_;
   int32_t experts_, slots_;
   int device_;
-  unsigned blocks_;
   uint64_t expert_bytes_ = 0;  // that a fetch copies
   DeviceMemory memory_, sources_, chunks_;
   PinnedMemory staging_;
   size_t shared_bytes_ = 0;
-  FetchTables tables_;
-  FetchSource source_;
+  ExpertCopy copy_;
 };
 
 }  // namespace moe_infer

@@ -24,17 +24,17 @@ struct FetchCounters {
 // Device arrays.
 struct FetchTables {
   // The cache's tables (policy.h). They come first and side by side: the host copies them as one.
-  uint64_t* clock = nullptr;            // (1)
-  ExpertHistory* histories = nullptr;   // (experts)
-  int32_t* slot_of_expert = nullptr;    // (experts)
-  int32_t* expert_of_slot = nullptr;    // (slots)
+  uint64_t* clock = nullptr;           // (1)
+  ExpertHistory* histories = nullptr;  // (experts)
+  int32_t* slot_of_expert = nullptr;   // (experts)
+  int32_t* expert_of_slot = nullptr;   // (slots)
   // The call.
-  int32_t* item_count = nullptr;        // (1)
-  FetchItem* items = nullptr;           // (slots)
-  uint32_t* chunks_done = nullptr;      // (slots): of item i
-  uint32_t* there = nullptr;            // (slots): 0 while the slot's expert is on its way
-  FetchCounters* counters = nullptr;    // (1)
-  int64_t* uses = nullptr;              // (experts): calls that needed it
+  int32_t* item_count = nullptr;      // (1)
+  FetchItem* items = nullptr;         // (slots)
+  uint32_t* chunks_done = nullptr;    // (slots): of item i
+  uint32_t* there = nullptr;          // (slots): 0 while the slot's expert is on its way
+  FetchCounters* counters = nullptr;  // (1)
+  int64_t* uses = nullptr;            // (experts): calls that needed it
 
   // The one place that sizes and slices this memory. `shared_bytes`: of the cache's tables.
   static size_t layout(int32_t experts, int32_t slots, uint8_t* base, FetchTables* tables, size_t* shared_bytes) {

@@ -2,7 +2,6 @@
 #include <type_traits>
 
 #include "core/cuda_check.h"
-#include "core/element.cuh"
 #include "route/route.h"
 #include "route/select_token.cuh"
 
@@ -10,17 +9,6 @@ namespace moe_infer {
 namespace {
 
 constexpr int kWarps = 4;
-
-__device__ float load_score(void const* scores, DataType dtype, int64_t i) {
-  switch (dtype) {
-    case DataType::kFloat16:
-      return to_float(static_cast<__half const*>(scores)[i]);
-    case DataType::kBFloat16:
-      return to_float(static_cast<__nv_bfloat16 const*>(scores)[i]);
-    default:
-      return static_cast<float const*>(scores)[i];
-  }
-}
 
 template <int kItems>
 __global__ void __launch_bounds__(kSelectLanes* kWarps)

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/element.cuh"
 #include "route/route.h"
 
 namespace moe_infer {
@@ -24,6 +25,17 @@ void with_select_items(int32_t experts, F&& f) {
   if (experts <= 256) return f(std::integral_constant<int, 8>{});
   if (experts <= 512) return f(std::integral_constant<int, 16>{});
   return f(std::integral_constant<int, 32>{});
+}
+
+__device__ inline float load_score(void const* scores, DataType dtype, int64_t i) {
+  switch (dtype) {
+    case DataType::kFloat16:
+      return to_float(static_cast<__half const*>(scores)[i]);
+    case DataType::kBFloat16:
+      return to_float(static_cast<__nv_bfloat16 const*>(scores)[i]);
+    default:
+      return static_cast<float const*>(scores)[i];
+  }
 }
 
 namespace select {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/data_type.h"
+#include "fetch/expert_copy.h"
 
 namespace moe_infer {
 
@@ -53,8 +54,8 @@ struct ExpertGroups {
   uint8_t const* slots = nullptr;
   uint64_t slot_bytes = 0;
   // (slots) Not null: experts are on their way while the call's kernels start; who reads a slot waits until there[slot]
-  // is not 0 (fetch/arrivals.cuh). Then the first kernel of the call does not wait for the one before it, which is
-  // still copying: what precedes that one is done. Kernels that do not know of it must not overlap.
+  // is not 0 (fetch/arrivals.cuh). The first kernel of MoESubLayer::run then does not wait for the one before it, which
+  // is still copying: what precedes that one is done. Kernels that do not know of it must not overlap.
   uint32_t const* there = nullptr;
 };
 
@@ -83,6 +84,8 @@ struct TokenChoices {
   int32_t top_k = 0;
   bool keep = false;       // base_layer: output = weight * expert(x) + (1 - weight) * x
   void* output = nullptr;  // (d_model)
+  // What the kernels have to copy themselves (ExpertGroups::there says what has come).
+  ExpertCopy copy;
 };
 
 class MoESubLayer {

@@ -6,7 +6,7 @@
 #include "core/launch.h"
 #include "core/layer_config.h"
 #include "core/slices.h"
-#include "fetch/arrivals.cuh"
+#include "fetch/copy_block.cuh"
 #include "gemm/group_search.cuh"
 #include "sublayers/token_feed_forward.h"
 
@@ -37,6 +37,7 @@ struct Parameters {
   void const* token;
   void* inner;
   void* output;
+  ExpertCopy copy;  // by blocks of the first kernel that come before all others
 };
 
 // Which expert a block works for.
@@ -45,12 +46,14 @@ struct Expert {
   int64_t row;  // of inner, token and output
 };
 
+// kFetches, here and below: experts are not all resident, and the first kernel brings those that are missing.
+template <bool kFetches>
 __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert) {
   int32_t slot;
   if (p.expert_of_choice != nullptr) {
     slot = p.expert_of_choice[choice];
     // When all are resident, each lies in the slot of its number.
-    if (p.groups.there != nullptr) slot = p.groups.slot_of_group[slot];
+    if constexpr (kFetches) slot = p.groups.slot_of_group[slot];
     expert->row = choice;
   } else {
     expert->row = p.groups.row_begin[0];
@@ -63,7 +66,6 @@ __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert)
 
 // The block waits until the choice's expert is there.
 __device__ void wait_for_expert_of(Parameters const& p, int32_t choice, Expert* expert) {
-  if (p.groups.there == nullptr) return;
   if (threadIdx.x == 0) wait_for_expert(p.groups.there, p.groups.slot_of_group[p.expert_of_choice[choice]]);
   __syncthreads();
   // load_once may not be moved before this.
@@ -196,16 +198,26 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
   }
 }
 
-// inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows.
-template <class T>
+// inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows. With something to copy the
+// blocks (x, 0) copy and the choices follow.
+template <class T, bool kFetches>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
   auto* const staged = reinterpret_cast<T*>(raw);
-  if (p.groups.there == nullptr) wait_for_previous_kernel();
+  wait_for_previous_kernel();
   start_next_kernel();
+  auto choice = static_cast<int32_t>(blockIdx.y);
+  if constexpr (kFetches) {
+    // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
+    if (choice == 0) {
+      if (blockIdx.x < p.copy.blocks) copy_in_block<kThreads>(p.copy, blockIdx.x);
+      return;
+    }
+    --choice;
+  }
   Expert expert;
-  if (!find_expert(p, static_cast<int32_t>(blockIdx.y), &expert)) return;
-  wait_for_expert_of(p, static_cast<int32_t>(blockIdx.y), &expert);
+  if (!find_expert<kFetches>(p, choice, &expert)) return;
+  if constexpr (kFetches) wait_for_expert_of(p, choice, &expert);
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   auto const* token = static_cast<T const*>(p.token);
@@ -240,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
 
 // output = sum over the choices of weight * (down(inner row) + ...). A block has `quads` times kRows channels; its
 // warps share out quads, choices and parts of the rows, and the parts meet in shared memory in a fixed order.
-template <class T>
+template <class T, bool kFetches>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     second_kernel(Parameters const p, int32_t quads, int32_t parts) {
   extern __shared__ float results[];  // (quads, choices, parts, kRows)
@@ -262,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (one) {
     wait_for_previous_kernel();
     waited = true;
-    if (!find_expert(p, 0, &expert)) return;
+    if (!find_expert<kFetches>(p, 0, &expert)) return;
   } else if (threadIdx.x < choices) {
     choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];
   }
@@ -271,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     int32_t const choice = item / parts % choices;
     int64_t const channel = first_channel + static_cast<int64_t>(item / parts / choices) * kRows;
     if (channel >= d_model) break;
-    if (!one) find_expert(p, choice, &expert);
+    if (!one) find_expert<kFetches>(p, choice, &expert);
     auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     int32_t const first = part * pieces_of_part;
     int32_t const end = min(pieces, first + pieces_of_part);
@@ -308,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       value += results[((thread / kRows * choices + choice) * parts + part) * kRows + thread % kRows];
     }
     if (layer.has_bias) {
-      if (!one) find_expert(p, choice, &expert);
+      if (!one) find_expert<kFetches>(p, choice, &expert);
       value += to_float(reinterpret_cast<T const*>(expert.slot + layer.down_bias_offset)[channel]);
     }
     if (layer.has_norm) value += to_float(token[channel]);
@@ -325,6 +337,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 
 unsigned divide_up(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
+template <bool kFetches>
 void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
   auto const& shape = p.layer.shape;
   int32_t const choices = p.expert_of_choice == nullptr ? 1 : p.top_k;
@@ -333,12 +346,13 @@ void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
     LaunchShape first;
     int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
     first.blocks = divide_up(weight_rows, kWarps * kRows);
-    first.blocks_y = static_cast<unsigned>(choices);
+    first.blocks = std::max(first.blocks, p.copy.blocks);
+    first.blocks_y = static_cast<unsigned>(choices) + (kFetches ? 1U : 0U);
     first.threads = kThreads;
     first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
     first.overlap = overlap;
     first.stream = stream;
-    launch(&first_kernel<T>, first, p);
+    launch(&first_kernel<T, kFetches>, first, p);
 
     int32_t const parts = shape.hidden_size >= kLongRow ? kPartsOfLongRow : 1;
     int32_t const quads = std::max(1, kWarps / (choices * parts));
@@ -346,7 +360,7 @@ void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
     second.blocks = divide_up(shape.d_model, static_cast<int64_t>(quads) * kRows);
     second.blocks_y = 1;
     second.shared_bytes = static_cast<size_t>(quads * choices * parts * kRows) * sizeof(float);
-    launch(&second_kernel<T>, second, p, quads, parts);
+    launch(&second_kernel<T, kFetches>, second, p, quads, parts);
   });
 }
 
@@ -365,15 +379,15 @@ size_t TokenFeedForward::inner_bytes(int64_t experts) const {
 
 void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token, void* inner, bool overlap,
                            cudaStream_t stream) const {
-  Parameters const p{*this,       groups,     token.expert_of_choice, token.weight_of_choice,
-                     token.top_k, token.keep, token.hidden_states,    inner,
-                     token.output};
-  run_kernels(p, overlap, stream);
+  Parameters const p{*this,        groups,     token.expert_of_choice, token.weight_of_choice,
+                     token.top_k,  token.keep, token.hidden_states,    inner,
+                     token.output, token.copy};
+  token.copy.blocks > 0 ? run_kernels<true>(p, overlap, stream) : run_kernels<false>(p, overlap, stream);
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, call.input, inner, call.output};
-  run_kernels(p, false, call.stream);
+  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, call.input, inner, call.output, {}};
+  run_kernels<false>(p, false, call.stream);
 }
 
 }  // namespace moe_infer

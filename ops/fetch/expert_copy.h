@@ -1,0 +1,34 @@
+// What blocks need to copy the experts that a call fetches.
+#pragma once
+
+#include <cstdint>
+
+#include "fetch/fetch_tables.h"
+
+namespace moe_infer {
+
+// A part of an expert that a block copies at once.
+struct FetchChunk {
+  int32_t tensor;
+  uint32_t bytes;
+  uint64_t offset;  // in the tensor
+  uint64_t offset_in_slot;
+};
+
+// Device arrays.
+struct FetchSource {
+  uint8_t const* const* tensors = nullptr;  // (experts, tensor_count): device addresses of page-locked host memory
+  int32_t tensor_count = 0;
+  FetchChunk const* chunks = nullptr;  // (chunk_count) of any expert
+  int32_t chunk_count = 0;
+  uint8_t* slots = nullptr;
+  uint64_t slot_bytes = 0;
+};
+
+struct ExpertCopy {
+  FetchSource source;
+  FetchTables tables;
+  uint32_t blocks = 0;  // that share out the chunks; 0: nothing is copied
+};
+
+}  // namespace moe_infer
