@@ -327,7 +327,7 @@ def test_layer_in_pytorch(
 
 
 def test_a_module_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_bench.peers.module.capture", Replay)
+    monkeypatch.setattr("moe_bench.peers.peer.capture", Replay)
     file = tmp_path / "mine.py"
     file.write_text(
         "import torch\n"

@@ -26,7 +26,7 @@ from moe_infer.weights import WeightFileError, open_weight_file
 from native.weight_reader import WeightReader, build, why_not
 from test_weights_experts import EXPERTS, FILES, D, H, config, separate, stacked
 from test_weights_experts import save as save_layer
-from test_weights_fuzz import NAMES, ORIGINAL, index_bytes
+from test_weights_fuzz import NAMES, ORIGINAL, index_bytes, mutated
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -188,25 +188,6 @@ def test_bad_bound(program: Path, limit: str, tmp_path: Path) -> None:
 # --- Any bytes: the same verdict as Python's, and no access outside the file.
 
 
-def mutate(data: st.DataObject, name: str) -> bytes:
-    whole = bytearray(ORIGINAL[name])
-    where = st.sampled_from(index_bytes(name)) | st.integers(0, len(whole) - 1)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = min(data.draw(where), len(whole) - 1)
-        kind = data.draw(st.sampled_from(["set", "insert", "delete", "cut"]))
-        if kind == "set":
-            whole[at] = data.draw(st.sampled_from([0, 0xFF, 0x30, 0x39]) | st.integers(0, 255))
-        elif kind == "insert":
-            whole[at:at] = data.draw(st.binary(min_size=1, max_size=9))
-        elif kind == "delete":
-            del whole[at : at + data.draw(st.integers(1, 9))]
-        else:
-            del whole[max(at, 1) :]
-        if not whole:
-            break
-    return bytes(whole)
-
-
 def agree_on_bytes(reader: WeightReader, suffix: str, data: bytes) -> None:
     # A new file each time: Python's mappings of the last one may still be alive.
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +200,7 @@ def agree_on_bytes(reader: WeightReader, suffix: str, data: bytes) -> None:
 @FUZZ
 @given(data=st.data())
 def test_mutations(reader: WeightReader, name: str, data: st.DataObject) -> None:
-    agree_on_bytes(reader, Path(name).suffix, mutate(data, name))
+    agree_on_bytes(reader, Path(name).suffix, mutated(data, name))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

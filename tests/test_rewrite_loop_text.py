@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from compare_rewrites import check_same
 from models_loop import D_MODEL, loop
 from moe_infer.graph.external import ExternalDataError
 from moe_infer.weights import open_weight_file
+from rewrite_memory import grown_by_rewrite
 
 
 def _feeds(count: int) -> dict[str, np.ndarray]:
@@ -71,21 +69,7 @@ def test_experts_apart_are_written_one_by_one(tmp_path: Path) -> None:
     """Of 100 MB of experts memory holds a part of one: 8 MB, its transpose, the packed 16 MB."""
     path, total = _large(tmp_path)
     assert total > 100e6
-    script = textwrap.dedent(
-        f"""
-        import resource, sys
-        import onnx, numpy
-        from moe_infer.graph.rewrite import rewrite
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        report = rewrite({str(path)!r}, {str(tmp_path / "out")!r})
-        assert len(report.layers) == 1, str(report)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        """
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    grown = grown_by_rewrite(path, tmp_path / "out")
     assert grown < 70e6, f"{grown / 1e6:.0f} MB"
     file = open_weight_file(tmp_path / "out" / "experts.safetensors")
     model = onnx.load(path)

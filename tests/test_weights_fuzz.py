@@ -35,29 +35,33 @@ def index_bytes(name: str) -> range:
     return range(8 + int.from_bytes(data[:8], "little"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@FAST
-@given(data=st.data())
-def test_mutations(name: str, data: st.DataObject) -> None:
+def mutated(data: st.DataObject, name: str) -> bytes:
+    """A golden file with up to four bytes set, inserted or deleted, or with its end cut off."""
     whole = bytearray(ORIGINAL[name])
     where = st.sampled_from(index_bytes(name)) | st.integers(0, len(whole) - 1)
     for _ in range(data.draw(st.integers(1, 4))):
         at = min(data.draw(where), len(whole) - 1)
         kind = data.draw(st.sampled_from(["set", "insert", "delete", "cut"]))
         if kind == "set":
-            value = data.draw(st.sampled_from([0, 0xFF, 0x30, 0x39]) | st.integers(0, 255))
-            whole[at] = value
+            whole[at] = data.draw(st.sampled_from([0, 0xFF, 0x30, 0x39]) | st.integers(0, 255))
         elif kind == "insert":
             whole[at:at] = data.draw(st.binary(min_size=1, max_size=9))
         elif kind == "delete":
             del whole[at : at + data.draw(st.integers(1, 9))]
         else:
-            whole = whole[: max(at, 1)]
+            del whole[max(at, 1) :]
         if not whole:
-            return
+            break
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FAST
+@given(data=st.data())
+def test_mutations(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        path.write_bytes(whole)
+        path.write_bytes(mutated(data, name))
         try:
             found = contents(path)
         except WeightFileError as error:

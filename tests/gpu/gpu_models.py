@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from tensorrt_needed import TRT
 
 import moe_infer
 from moe_infer.op import OP_TYPE
 
-TRT = "TensorrtExecutionProvider"
 REST = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 

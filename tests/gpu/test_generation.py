@@ -11,27 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
+from tensorrt_needed import ENGINE, TRT  # noqa: E402
+
 import moe_infer  # noqa: E402
-from moe_infer.runtime import plugin  # noqa: E402
 from moe_infer.runtime.plan import plan  # noqa: E402
 
-TRT = "TensorrtExecutionProvider"
 REST = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 ORIGINAL = Path(__file__).resolve().parents[2] / "examples/tiny_moe/gated_top2.onnx"
 
 
-def why_not() -> str:
-    status = plugin.status()
-    if not status.usable:
-        return status.reason
-    return "" if TRT in ort.get_available_providers() else "this ONNX Runtime has no TensorRT"
-
-
-pytestmark = [
-    pytest.mark.needs_library,
-    pytest.mark.engine,
-    pytest.mark.skipif(bool(why_not()), reason=f"no TensorRT: {why_not()}"),
-]
+pytestmark = ENGINE
 
 
 @pytest.fixture(scope="module")

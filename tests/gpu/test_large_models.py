@@ -15,34 +15,21 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
 import large_models  # noqa: E402
-from gpu_models import TRT, Ran, run, with_rest  # noqa: E402
+from gpu_models import Ran, run, with_rest  # noqa: E402
 from large_models import BATCH, SEQ, SHAPES  # noqa: E402
-
-from moe_infer.runtime import plugin  # noqa: E402
+from tensorrt_needed import ENGINE, TRT  # noqa: E402
 
 NEEDED = 14 << 30
 """Bytes of the larger model, with its graph."""
 RANGES = {"batch": (1, BATCH, BATCH), "seq": (1, SEQ, SEQ)}
 
 
-def why_not() -> str:
-    status = plugin.status()
-    if not status.usable:
-        return status.reason
-    return "" if TRT in ort.get_available_providers() else "this ONNX Runtime has no TensorRT"
-
-
-pytestmark = [
-    pytest.mark.needs_library,
-    pytest.mark.engine,
-    pytest.mark.large,
-    pytest.mark.skipif(bool(why_not()), reason=f"no TensorRT: {why_not()}"),
-]
+pytestmark = [*ENGINE, pytest.mark.large]
 
 
 @pytest.fixture

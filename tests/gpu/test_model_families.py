@@ -9,34 +9,23 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
-from gpu_models import TRT, run  # noqa: E402
+from gpu_models import run  # noqa: E402
+from tensorrt_needed import ENGINE  # noqa: E402
 
 import model_zoo  # noqa: E402
 import moe_infer  # noqa: E402
 from layer_models import assert_close  # noqa: E402
-from moe_infer.runtime import plugin  # noqa: E402
 
 EXPORTERS = ("dynamo", "torchscript")
 EXPORTERS_OF = {"JetMoE": ("dynamo", "transformers")}
 """The first that works; TorchScript's export of JetMoE is right for its sample input only."""
 
 
-def why_not() -> str:
-    status = plugin.status()
-    if not status.usable:
-        return status.reason
-    return "" if TRT in ort.get_available_providers() else "this ONNX Runtime has no TensorRT"
-
-
-pytestmark = [
-    pytest.mark.needs_library,
-    pytest.mark.engine,
-    pytest.mark.skipif(bool(why_not()), reason=f"no TensorRT: {why_not()}"),
-]
+pytestmark = ENGINE
 
 
 def exported(family: str) -> tuple[str, Path]:

@@ -17,28 +17,17 @@ ort = pytest.importorskip("onnxruntime")
 
 from gpu_layers import make_attributes, make_input, reference, same_bits  # noqa: E402
 from gpu_threads import in_threads  # noqa: E402
+from tensorrt_needed import ENGINE, TRT  # noqa: E402
 
 import moe_infer  # noqa: E402
 from layer_models import ELEMENTS, NUMPY, assert_close  # noqa: E402
 from moe_infer.op import DOMAIN  # noqa: E402
 from moe_infer.runtime import plugin  # noqa: E402
 
-TRT = "TensorrtExecutionProvider"
 D_MODEL = 64
 
 
-def why_not() -> str:
-    status = plugin.status()
-    if not status.usable:
-        return status.reason
-    return "" if TRT in ort.get_available_providers() else "this ONNX Runtime has no TensorRT"
-
-
-pytestmark = [
-    pytest.mark.needs_library,
-    pytest.mark.engine,
-    pytest.mark.skipif(bool(why_not()), reason=f"no TensorRT: {why_not()}"),
-]
+pytestmark = ENGINE
 
 
 def matmul_moe_add(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from moe_bench.inputs import InputSet
-from moe_bench.peers.peer import Entry, Maker, Peer, Problem, UnavailableError
-from moe_bench.timing import capture
+from moe_bench.peers.peer import Maker, Peer, Problem, UnavailableError, in_graph
 
 
 class ModulePeer(Peer):
@@ -43,22 +42,7 @@ class ModulePeer(Peer):
         )
 
     def entries(self, sets: list[InputSet], model: bool) -> dict[str, Maker]:
-        def make() -> Entry:
-            outputs: list[torch.Tensor] = []
+        def layer(given: InputSet) -> torch.Tensor:
+            return self._layer(given.hidden_states, given.logits)
 
-            def run() -> None:
-                outputs[:] = [self._layer(s.hidden_states, s.logits) for s in sets]
-
-            graph = capture(run)
-
-            def results() -> Iterator[tuple[int, torch.Tensor]]:
-                for output in outputs:
-                    output.fill_(float("nan"))
-                graph.replay()
-                yield from enumerate(outputs)
-
-            return Entry(
-                graph.replay, len(sets), results, len(sets), on_device=True, note=self._path.name
-            )
-
-        return {"module": make}
+        return {"module": lambda: in_graph(layer, sets, self._path.name)}

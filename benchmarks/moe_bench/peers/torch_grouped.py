@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_bench.cases import Case
 from moe_bench.inputs import InputSet
-from moe_bench.peers.peer import Entry, Maker, Peer, Problem, UnavailableError
+from moe_bench.peers.peer import Entry, Maker, Peer, Problem, UnavailableError, in_graph
 from moe_bench.timing import Contender, capture
 from moe_bench.weights import Experts
 from moe_infer.op import RMS_NORM_EPSILON
@@ -44,21 +44,7 @@ class TorchPeer(Peer):
         case, experts = self._problem.case, self._problem.experts
         best = min(COMBINES, key=lambda name: self._probe(COMBINES[name], sets[0]))
         layer = TorchLayer(case, experts, COMBINES[best])
-        outputs: list[torch.Tensor] = []
-
-        def run() -> None:
-            outputs[:] = [layer(given) for given in sets]
-
-        graph = capture(run)
-
-        def results() -> Iterator[tuple[int, torch.Tensor]]:
-            for output in outputs:
-                output.fill_(float("nan"))
-            graph.replay()
-            yield from enumerate(outputs)
-
-        note = f"rows added up by {best}"
-        return Entry(graph.replay, len(sets), results, len(sets), on_device=True, note=note)
+        return in_graph(layer, sets, f"rows added up by {best}")
 
     def _probe(self, combine: Combine, given: InputSet) -> float:
         """Milliseconds of one run."""
