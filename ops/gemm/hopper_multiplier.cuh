@@ -60,7 +60,9 @@ class Multiplier {
 
   // One instruction has at most 256 columns, and only some numbers of them: kN columns may take two.
   template <int kN>
-  static constexpr int kFirst = has_mma(kN) ? kN : kN == 48 ? 32 : kN - 32;
+  static constexpr int kFirst = has_mma(kN) ? kN
+                                : kN == 48  ? 32
+                                            : kN - 32;
 
   // Where two instructions multiply the same weights, these come from registers: shared memory, which then limits the
   // product, is read once for both.
@@ -116,7 +118,8 @@ class Multiplier {
   }
 
   template <int kN>
-  __device__ __forceinline__ static void multiply_fragments(uint32_t const (&a)[2][4], uint64_t b, float (&sums)[kN / 2], bool add) {
+  __device__ __forceinline__ static void multiply_fragments(uint32_t const (&a)[2][4], uint64_t b,
+                                                            float (&sums)[kN / 2], bool add) {
     hold(sums);
     mma_begin();
     multiply<kN>(a[0], b, sums, add);
@@ -194,8 +197,8 @@ class Multiplier {
   }
 
   template <ActivationKind kKind, int kN>
-  __device__ __forceinline__ void finish_as(Unit const& unit, int32_t first_channel, T const* bias, Activation activation,
-                            float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void finish_as(Unit const& unit, int32_t first_channel, T const* bias,
+                                            Activation activation, float (&sums)[kN / 2]) {
     activation.kind = kKind;
     if constexpr (kGated) {
       int32_t const channel = first_channel + warp_ * 8 + lane_ / 4;
@@ -277,7 +280,8 @@ class Multiplier {
   }
 
   template <int kRows>
-  __device__ __forceinline__ void from_buffer(uint8_t const* buffer, Unit const& unit, int first, int32_t first_channel) const {
+  __device__ __forceinline__ void from_buffer(uint8_t const* buffer, Unit const& unit, int first,
+                                              int32_t first_channel) const {
     int32_t const thread = warp_ * 32 + lane_;
 #pragma unroll
     for (int i = 0; i < (kRows * kChunks + 127) / 128; ++i) {

@@ -232,8 +232,8 @@ __device__ inline void hold(float (&values)[kCount]) {
   for (float& value : values) asm volatile("" : "+f"(value)::"memory");
 }
 
-// --- Loads 4 matrices of 8 x 8 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8; register m of lane
-// l gets row l / 4, columns 2(l % 4) and 2(l % 4) + 1 of matrix m.
+// --- Loads 4 matrices of 8 x 8 16-bit values. Lane l gives the address of row l % 8 of matrix l / 8; register m of
+// lane l gets row l / 4, columns 2(l % 4) and 2(l % 4) + 1 of matrix m.
 __device__ inline void load_matrices(uint32_t address, uint32_t (&values)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
