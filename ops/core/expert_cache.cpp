@@ -74,6 +74,25 @@ ExpertCache::~ExpertCache() {
   DeviceGuard const guard(device_);
   cudaStreamSynchronize(copy_stream_.get());  // copies read the store's memory, which may go now
   cudaStreamSynchronize(pack_stream_.get());
+  if (use_history_ != nullptr) {
+    use_history_->save(tables_);
+  }
+}
+
+void ExpertCache::remember(std::string const& prefix) {
+  auto path = UseHistoryFile::path_from_environment();
+  if (!path.empty()) {
+    use_history_ = std::make_unique<UseHistoryFile>(std::move(path), store_->digest(), prefix, policy_);
+    use_history_->load(&tables_);
+  }
+}
+
+std::string ExpertCache::note() const {
+  auto note = store_->pinning_note();
+  if (use_history_ != nullptr && !use_history_->note().empty()) {
+    note += (note.empty() ? "" : "; ") + use_history_->note();
+  }
+  return note;
 }
 
 void ExpertCache::load_all() {

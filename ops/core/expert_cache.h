@@ -22,6 +22,7 @@
 #include "core/policy.h"
 #include "core/policy_settings.h"
 #include "core/statistics.h"
+#include "core/use_history.h"
 #include "moe_infer.h"
 
 namespace moe_infer {
@@ -68,6 +69,10 @@ class ExpertCache {
 
   uint8_t const* slots() const { return memory_.bytes(); }
   uint64_t slot_bytes() const { return layout_.bytes; }
+  // Before the first call: goes on counting uses from where MOE_INFER_STATISTICS_FILE has them, for the experts with
+  // this prefix in the weight file, and writes them there when the cache is destroyed. Nothing if it is not set.
+  void remember(std::string const& prefix);
+  bool remembers() const { return use_history_ != nullptr; }
   // What another way to bring experts into these slots goes by (fetch/device_fetch.h).
   ExpertStore const& store() const { return *store_; }
   SlotLayout const& layout() const { return layout_; }
@@ -83,7 +88,7 @@ class ExpertCache {
   void add_statistics(LayerStatistics* statistics) const;
   // True while the weight file on disk is the one whose experts lie here.
   bool unchanged() const { return store_->unchanged(); }
-  std::string note() const { return store_->pinning_note(); }
+  std::string note() const;
 
  private:
   // One copy from the host: `count` elements of `piece` from element `first` on.
@@ -138,6 +143,7 @@ class ExpertCache {
   std::vector<ExpertHistory> histories_;
   CacheTables tables_;  // points into the three above
   std::vector<PlannedExpert> plan_;
+  std::unique_ptr<UseHistoryFile> use_history_;
   std::vector<Transfer> transfers_;
   ExpertUse use_;
   std::atomic<int64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_fetched_{0};

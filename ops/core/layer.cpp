@@ -115,6 +115,7 @@ void MoELayer::make_cache() {
   SlotLayout layout(store->tensors(), inputs.dtype);
   cache_ = std::make_shared<ExpertCache>(std::move(store), config.expert_count, config.max_concurrency,
                                          std::move(layout), inputs.dtype);
+  cache_->remember(config.weight_prefix);
   counts_ = allocate_pinned(sizeof(int32_t) * static_cast<size_t>(config.expert_count));
   counts_read_ = std::make_unique<Event>();
   streamed_ = std::make_unique<Event>();
@@ -153,7 +154,11 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
   return Experts::kFromHost;
 }
 
-MoELayer::~MoELayer() = default;
+MoELayer::~MoELayer() {
+  if (device_fetch_ != nullptr && cache_->remembers()) {
+    device_fetch_->hand_over(cache_.get());
+  }
+}
 
 size_t MoELayer::workspace_bytes(int64_t tokens) const { return plan_.layout(tokens, nullptr, nullptr); }
 

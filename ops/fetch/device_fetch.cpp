@@ -156,6 +156,19 @@ void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
   MOE_CUDA_CHECK(cudaMemsetAsync(copy_.tables.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
 }
 
+void DeviceFetch::hand_over(ExpertCache* cache) noexcept {
+  DeviceGuard const guard(device_);
+  try {
+    MOE_CUDA_CHECK(cudaDeviceSynchronize());  // the caller's streams are not known here
+    cudaStream_t const stream = nullptr;
+    begin_take(stream);
+    MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
+    end_take(cache, stream);
+  } catch (...) {
+    cudaGetLastError();
+  }
+}
+
 CacheTables DeviceFetch::on_host() const {
   FetchTables staged;
   size_t bytes = 0;

@@ -54,6 +54,9 @@ class DeviceFetch {
   void begin_take(cudaStream_t stream);
   void end_take(ExpertCache* cache, cudaStream_t stream) const;
   void return_tables(ExpertCache const& cache, cudaStream_t stream);
+  // The last call is over, and the cache has the tables from here on. Waits for the device. When CUDA fails, as it does
+  // at the end of a process, the cache keeps those that it had.
+  void hand_over(ExpertCache* cache) noexcept;
 
   // Adds what was counted here; waits for the device.
   void add_statistics(LayerStatistics* statistics) const;
