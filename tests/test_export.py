@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -136,3 +137,15 @@ def test_an_export_that_fails_is_explained(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ExportError, match=r"could not export MixtralForCausalLM.*--insert"):
         export_pretrained(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.onnx"))
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/torch.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "MODEL_DIR" in c]
+    _save("Qwen3-MoE", tmp_path / "MODEL_DIR")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/torch.md", "exec"), {})
+    session = moe_infer.InferenceSession("out/model.onnx", providers=CPU)
+    made = model_zoo.make("Qwen3-MoE")
+    (logits,) = session.run(None, {"input_ids": made.arrays["input_ids"]})
+    np.testing.assert_allclose(logits, model_zoo.expected("Qwen3-MoE"), rtol=0, atol=1e-4)

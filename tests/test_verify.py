@@ -21,6 +21,7 @@ from moe_infer.weights import open_weight_file
 
 ORIGINAL = Path(__file__).resolve().parent.parent / "examples/tiny_moe/gated_top2.onnx"
 CPU = ["CPUExecutionProvider"]
+WHAT = ("key", "value")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def _decoder(
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", mask]),
         helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "seq"]),
     ]
-    for what in ("key", "value"):
+    for what in WHAT:
         name = f"past_key_values.0.{what}"
         inputs.append(helper.make_tensor_value_info(name, kind, ["batch", 2, "past", 8]))
     nodes = [
@@ -187,6 +188,42 @@ def test_sizes_that_nobody_gave() -> None:
     assert make_feeds(_decoder(gqa=True))["input_ids"].shape[0] == 1
     seeds = [make_feeds(_decoder(), seed=s)["input_ids"].tolist() for s in (0, 0, 1)]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_sizes_that_attention_asks_for(packed: bool) -> None:
+    """onnxruntime-genai's builder: heads of a symbolic size, and a window in a buffer."""
+    node = helper.make_node(
+        "GroupQueryAttention",
+        ["qkv", *(["", ""] if packed else ["k", "v"]), *(f"past_key_values.0.{w}" for w in WHAT)],
+        ["y"],
+        domain="com.microsoft",
+        num_heads=4,
+        kv_num_heads=2,
+        local_window_size=32,
+        sliding_window_cache=1,
+    )
+    inputs = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
+        helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+    ]
+    for layer, length in enumerate(("past_window", "past")):
+        for what in WHAT:
+            dims = ["batch", 2, length, "head"]
+            name = f"past_key_values.{layer}.{what}"
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
+    width = (4 + 2 * 2 if packed else 4) * 24
+    query = helper.make_tensor_value_info("qkv", TensorProto.FLOAT, ["batch", "seq", width])
+    graph = helper.make_graph([node], "decoder", inputs, [], value_info=[query])
+    feeds = make_feeds(helper.make_model(graph))
+    assert feeds["past_key_values.0.key"].shape == (1, 2, 32, 24)
+    assert feeds["past_key_values.1.value"].shape == (1, 2, 3, 24)
+    # The buffer's length is not that of what it holds.
+    assert feeds["attention_mask"].shape == (1, 3 + 5)
+    assert (
+        make_feeds(helper.make_model(graph), dims={"head": 8})["past_key_values.1.key"].shape[-1]
+        == 8
+    )
 
 
 def test_sizes_from_arrays() -> None:

@@ -9,7 +9,7 @@ All other inputs get unit variance, or 0 and 1 where they are whole numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from moe_infer.compare.cache_sizes import cache_sizes
 from moe_infer.graph.dimensions import evaluate, names_in
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name
 
@@ -59,9 +60,11 @@ def make_feeds(
     for name in (*given, *shapes):
         if name not in inputs:
             raise ValueError(f"the model has no input '{name}'; it has {', '.join(inputs)}")
-    sizes = _sizes(model, inputs, given, dims, shapes)
+    known, windows = cache_sizes(model)
+    sizes = _sizes(model, inputs, given, dims, shapes, known, windows)
     rng = np.random.default_rng(seed)
     bounds = _vocabularies(model, inputs)
+    past = _past(inputs, sizes, windows)
     feeds = {}
     for name, (element, symbols) in inputs.items():
         if name in given:
@@ -72,7 +75,7 @@ def make_feeds(
             if name in shapes
             else tuple(_size(_symbol(name, i, d), sizes) for i, d in enumerate(symbols))
         )
-        feeds[name] = _values(rng, name, element, shape, bounds.get(name), _past(inputs, sizes))
+        feeds[name] = _values(rng, name, element, shape, bounds.get(name), past)
     return feeds
 
 
@@ -109,6 +112,8 @@ def _sizes(
     given: Mapping[str, Array],
     dims: Mapping[str, int],
     shapes: Mapping[str, Sequence[int]],
+    fixed: Sizes,
+    windows: Collection[str],
 ) -> Sizes:
     symbols = list(
         dict.fromkeys(
@@ -132,7 +137,10 @@ def _sizes(
     stated = {**{n: a.shape for n, a in given.items()}, **{n: tuple(s) for n, s in shapes.items()}}
     for name, shape in stated.items():
         _learn(name, inputs[name][1], shape, sizes)
-    _complete(model, inputs, symbols, sizes)
+    for symbol in symbols:
+        if symbol in fixed:
+            sizes.setdefault(symbol, fixed[symbol])
+    _complete(model, inputs, symbols, sizes, windows)
     return sizes
 
 
@@ -157,6 +165,7 @@ def _complete(
     inputs: Mapping[str, tuple[int, tuple[Dim, ...]]],
     symbols: Sequence[str],
     sizes: Sizes,
+    windows: Collection[str],
 ) -> None:
     """Gives a size to every symbol that has none: sums of others last."""
     mask = next((n for n in inputs if n.endswith("attention_mask")), None)
@@ -171,7 +180,7 @@ def _complete(
                 sizes[name] = _default(name, one_batch)
     if total is not None and total not in sizes and names_in(total) == [total]:
         length = _dim(inputs, query, 1, sizes)
-        past = _past(inputs, sizes)
+        past = _past(inputs, sizes, windows)
         sizes[total] = past + (length if length is not None else _default("seq", one_batch))
     if batch is not None and batch not in sizes and names_in(batch) == [batch]:
         rows = _dim(inputs, query, 0, sizes)
@@ -189,10 +198,13 @@ def _mask_symbol(
     return symbol if isinstance(symbol, str) and symbol not in others else None
 
 
-def _past(inputs: Mapping[str, tuple[int, tuple[Dim, ...]]], sizes: Sizes) -> int:
+def _past(
+    inputs: Mapping[str, tuple[int, tuple[Dim, ...]]], sizes: Sizes, windows: Collection[str]
+) -> int:
     """Tokens in the key/value cache."""
-    cache = next((n for n, (_, d) in inputs.items() if PAST.search(n) and len(d) == 4), None)
-    length = _dim(inputs, cache, 2, sizes)
+    caches = [n for n, (_, d) in inputs.items() if PAST.search(n) and len(d) == 4]
+    whole = [name for name in caches if name not in windows]
+    length = _dim(inputs, next(iter(whole), None), 2, sizes)
     return length or 0
 
 
