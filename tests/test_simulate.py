@@ -446,6 +446,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @needs_library
+def test_the_command_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moe_infer.rewrite(ROOT / "examples/tiny_moe/gated_top2.onnx", tmp_path)
+    ids = np.random.default_rng(1).integers(0, 512, (3, 12))
+    np.save(tmp_path / "ids.npy", ids)
+    arguments = ["simulate", "--record", str(tmp_path / "model.onnx"), "--slots", "4"]
+    arguments += ["--input", f"tokens={tmp_path / 'ids.npy'}"]
+    assert main([*arguments, "--save", str(tmp_path / "t.npz")]) == 0
+    assert "4 of 8" in capsys.readouterr().out
+    expected = record(tmp_path / "model.onnx", [{"tokens": row[None]} for row in ids])
+    np.testing.assert_array_equal(Trace.load(tmp_path / "t.npz").choices, expected.choices)
+
+
+@needs_library
 def test_the_commands_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "p.png"
@@ -458,8 +471,12 @@ def test_the_commands_plot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "give either TRACE.npz or --generate"),
-        (["x.npz", "--generate", "experts=8"], "give either"),
+        ([], "give one of TRACE.npz, --generate and --record"),
+        (["x.npz", "--generate", "experts=8"], "give one of"),
+        (
+            ["--record", "x.onnx"],
+            "same number of sequences in their first dimension, got no --input",
+        ),
         (["absent.npz"], "absent.npz"),
         (["--generate", "experts=8"], "lacks top_k, layers, tokens"),
         (["--generate", "experts"], "must be NAME=VALUE"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_infer.commands.arguments import console, pair
+from moe_infer.commands.arguments import console, given_inputs, pair
 
 _GENERATED = {
     "experts": ("expert_count", int),
@@ -37,6 +37,19 @@ def add_parser(commands: Any) -> None:
         metavar="experts=128,top_k=8,layers=4,tokens=1000",
         help="make the trace; also sequences=1, locality=0 (correlation of neighbouring tokens, to"
         " below 1) and seed=0",
+    )
+    simulate.add_argument(
+        "--record",
+        metavar="MODEL",
+        help="record the trace: run a model with MoELayer nodes on the CPU, once for each row of"
+        " --input",
+    )
+    simulate.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.npy | FILE.npz",
+        help="with --record: inputs whose first dimension is the sequences'",
     )
     simulate.add_argument("--save", metavar="TRACE.npz", help="keep the trace")
     simulate.add_argument(
@@ -68,10 +81,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Simulates and prints a table."""
-    from moe_infer.simulate import OPTIMUM, Machine, Trace, compare, generate
+    from moe_infer.simulate import OPTIMUM, Machine, compare
 
-    if (options.trace is None) == (options.generate is None):
-        raise ValueError("give either TRACE.npz or --generate")
+    if sum(given is not None for given in (options.trace, options.generate, options.record)) != 1:
+        raise ValueError("give one of TRACE.npz, --generate and --record")
     machine = None
     if options.expert_bytes is not None:
         machine = Machine(
@@ -81,10 +94,7 @@ def run(options: argparse.Namespace) -> int:
             options.expert_us,
             options.fetch_us,
         )
-    if options.trace is not None:
-        trace = Trace.load(options.trace)
-    else:
-        trace = generate(**_generated(options.generate))
+    trace = _trace(options)
     points = compare(
         trace,
         _slots(options.slots, trace.expert_count),
@@ -119,6 +129,27 @@ def run(options: argparse.Namespace) -> int:
         print(trace.source)
         console().print(_table(points, trace, options.prefill > 0))
     return 0
+
+
+def _trace(options: argparse.Namespace) -> Any:
+    from moe_infer.simulate import Trace, generate, record
+
+    if options.generate is not None:
+        return generate(**_generated(options.generate))
+    if options.trace is not None:
+        return Trace.load(options.trace)
+    inputs = given_inputs(options.input)
+    lengths = {name: len(value) if value.ndim else 0 for name, value in inputs.items()}
+    if not inputs or len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(
+            "--record needs inputs with the same number of sequences in their first dimension, got"
+            f" {lengths or 'no --input'}"
+        )
+    runs = (
+        {name: value[i : i + 1] for name, value in inputs.items()}
+        for i in range(next(iter(lengths.values())))
+    )
+    return record(options.record, runs, f"recorded: {options.record}")
 
 
 def _table(points: Sequence[Any], trace: Any, prefill: bool) -> Table:
