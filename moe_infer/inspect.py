@@ -16,11 +16,7 @@ from moe_infer.graph.lower_nodes import (
     load_model,
     read_layers,
 )
-
-SLOT_ALIGNMENT = 256
-"""Bytes to which each tensor of a slot is padded; SlotLayout in ops/sublayers/sub_layer.h."""
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from moe_infer.slot_layout import slot_bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
     """Describes one layer; see :func:`inspect_model`."""
     config, weights = layer.config, layer.weights
     shapes = [t.shape(layer.d_model, config.hidden_size) for t in config.tensors]
-    slot = slot_bytes(layer)
+    slot = slot_bytes(config, layer.d_model, layer.dtype)
     # A sub-layer without weights needs no slots.
     slots = min(config.max_concurrency, config.expert_count) if shapes else 0
     return LayerInfo(
@@ -136,15 +132,6 @@ def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
         workspace_bytes=None if tokens is None else _workspace(layer, tokens),
         lowering=_lowering(layer),
     )
-
-
-def slot_bytes(layer: LayerNode) -> int:
-    """Bytes of one expert on the GPU."""
-    sizes = [
-        math.prod(t.shape(layer.d_model, layer.config.hidden_size)) * _ITEM_BYTES[layer.dtype]
-        for t in layer.config.tensors
-    ]
-    return sum(-(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT for size in sizes)
 
 
 def _lowering(layer: LayerNode) -> str:
