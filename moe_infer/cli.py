@@ -1,4 +1,4 @@
-"""Command line: ``moe-infer rewrite | lower | inspect | run | verify | export | simulate``.
+"""Command line: ``moe-infer rewrite | budget | lower | inspect | run | ...`` (``--help`` has all).
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
 (``rewrite``), 4 the models differ (``verify``).
@@ -20,7 +20,8 @@ from rich.progress import track
 from rich.table import Table
 
 import moe_infer
-from moe_infer.commands import export, plan, simulate, verify
+from moe_infer.byte_size import format_bytes
+from moe_infer.commands import budget, export, plan, simulate, verify
 from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
 from moe_infer.graph.explain import explain
 from moe_infer.runtime.stats import ExpertStats, text
@@ -71,13 +72,21 @@ def _parser() -> argparse.ArgumentParser:
         help="write nothing; show for every candidate what matches, or how far the nearest pattern"
         " went, at which node it stopped and why",
     )
-    rewrite.add_argument(
+    slots = rewrite.add_mutually_exclusive_group()
+    slots.add_argument(
         "--max-concurrency",
         type=int,
         metavar="N",
         help="most experts of a layer on the GPU at once; all of them by default",
     )
+    slots.add_argument(
+        budget.OPTION,
+        metavar=budget.METAVAR,
+        help="bytes of GPU memory for the experts of all layers, split into slots",
+    )
     rewrite.set_defaults(command=_rewrite)
+
+    budget.add_parser(commands)
 
     lower = commands.add_parser("lower", help="replace MoELayer nodes by standard operators")
     lower.add_argument("model")
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", type=int, metavar="N", help="ask the GPU for the workspace of N tokens too"
     )
     plan.add_options(inspect)
+    budget.add_inspect_option(inspect)
     inspect.add_argument("--json", action="store_true", help="for machines")
     inspect.set_defaults(command=_inspect)
 
@@ -122,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         "--provider",
         choices=sorted(PROVIDERS),
         help="exactly this one; the best there is by default",
+    )
+    run.add_argument(
+        budget.OPTION,
+        metavar=budget.METAVAR,
+        help="bytes of GPU memory for the experts of all layers; on TensorRT alone",
     )
     run.add_argument("--repeat", type=int, default=1, metavar="N", help="timed runs")
     run.add_argument("--seed", type=int, default=0)
@@ -155,7 +170,10 @@ def _rewrite(options: argparse.Namespace) -> int:
     if options.out_dir is None:
         raise ValueError("out_dir is missing: moe-infer rewrite MODEL OUT_DIR")
     report = moe_infer.rewrite(
-        options.model, options.out_dir, max_concurrency=options.max_concurrency
+        options.model,
+        options.out_dir,
+        max_concurrency=options.max_concurrency,
+        gpu_budget=options.gpu_budget,
     )
     print(report)
     return 0 if report else NOTHING_MATCHED
@@ -171,6 +189,8 @@ def _lower(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.gpu_budget is not None:
+        return budget.inspect(options)
     if options.plan:
         return plan.run(options)
     layers = moe_infer.inspect_model(options.model, tokens=options.tokens)
@@ -213,22 +233,22 @@ def _memory_table(layers: Sequence[Any]) -> Table:
         workspace = layer.workspace_bytes
         table.add_row(
             layer.name,
-            _size(layer.disk_bytes),
-            _size(layer.host_bytes),
+            format_bytes(layer.disk_bytes),
+            format_bytes(layer.host_bytes),
             str(layer.slots),
-            _size(layer.slot_bytes),
-            _size(layer.slots_bytes),
-            "not asked (--tokens, on a GPU)" if workspace is None else _size(workspace),
+            format_bytes(layer.slot_bytes),
+            format_bytes(layer.slots_bytes),
+            "not asked (--tokens, on a GPU)" if workspace is None else format_bytes(workspace),
             layer.lowering,
         )
     table.add_section()
     table.add_row(
         "all",
-        _size(sum(layer.disk_bytes for layer in layers)),
-        _size(sum(layer.host_bytes for layer in layers)),
+        format_bytes(sum(layer.disk_bytes for layer in layers)),
+        format_bytes(sum(layer.host_bytes for layer in layers)),
         str(sum(layer.slots for layer in layers)),
         "",
-        _size(sum(layer.slots_bytes for layer in layers)),
+        format_bytes(sum(layer.slots_bytes for layer in layers)),
     )
     return table
 
@@ -244,6 +264,7 @@ def _run(options: argparse.Namespace) -> int:
             providers=None if options.provider is None else [PROVIDERS[options.provider]],
             input_shapes=_ranges(options.range) or None,
             expert_use=options.expert_use,
+            gpu_budget=options.gpu_budget,
         )
     creation = time.perf_counter() - started
     feeds = _feeds(session, given, given_shapes(options.shape), options.seed)
@@ -369,14 +390,6 @@ def _random(
         f"input '{value.name}' has type {value.type}, for which there are no random values; give"
         f" --input {value.name}=FILE.npy"
     )
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ PUBLIC = {
     "lower",
     "plugin_status",
     "rewrite",
+    "set_gpu_budget",
     "verify",
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from moe_infer.budget import LayerSlots, split_budget
+from moe_infer.byte_size import ByteSize
 from moe_infer.graph.candidates import candidates, outside
 from moe_infer.graph.edits import add_value_info, remove_unread
 from moe_infer.graph.experts_file import (
@@ -19,7 +21,7 @@ from moe_infer.graph.experts_file import (
     open_constants,
     write_experts,
 )
-from moe_infer.graph.external import Constant, all_tensors, model_dir
+from moe_infer.graph.external import WEIGHT_DTYPES, Constant, all_tensors, model_dir
 from moe_infer.graph.known_sizes import fold_known_sizes
 from moe_infer.graph.layer_checks import ReplaceError, check_types
 from moe_infer.graph.match import GraphView, Match, NearMiss
@@ -30,6 +32,7 @@ from moe_infer.graph.report import LayerReport, RewriteReport
 from moe_infer.graph.save import bytes_to_move, save_model
 from moe_infer.graph.shapes import ValueTypes, infer_types
 from moe_infer.op import LayerConfig
+from moe_infer.slot_layout import slot_bytes
 from moe_infer.weights import open_expert_weights, open_weight_file
 
 MODEL_NAME = "model.onnx"
@@ -43,6 +46,7 @@ def rewrite(
     out_dir: str | os.PathLike[str],
     *,
     max_concurrency: int | None = None,
+    gpu_budget: ByteSize | None = None,
     expert_weight_file: str | os.PathLike[str] | None = None,
     base_dir: str | os.PathLike[str] | None = None,
     copy_shared_weights: bool = False,
@@ -64,6 +68,9 @@ def rewrite(
         out_dir: made if it does not exist.
         max_concurrency: most experts of a layer on the GPU at once. None: all of them, which is
             what the original graph needs and the fastest; give a number when they do not fit.
+        gpu_budget: bytes for the experts of all layers on the GPU, or a text such as ``8G``, in the
+            place of ``max_concurrency``: split into slots by :func:`moe_infer.budget.split_budget`.
+            Can be changed later (:func:`moe_infer.set_gpu_budget`).
         expert_weight_file: an existing file with these experts under the prefixes ``layers.N.``,
             which the nodes shall refer to instead of a new one. Its index is checked.
         base_dir: folder of the external data when ``model`` is no path; the working directory by
@@ -77,10 +84,16 @@ def rewrite(
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: the output would overwrite the model or its data; or its external data is
-            refused (:class:`moe_infer.graph.external.ExternalDataError`).
+        ValueError: the output would overwrite the model or its data; its external data is refused
+            (:class:`moe_infer.graph.external.ExternalDataError`); or ``gpu_budget`` does not hold
+            the experts of one token. Nothing was written.
         moe_infer.weights.WeightFileError: ``expert_weight_file`` does not hold these experts.
     """
+    if gpu_budget is not None and max_concurrency is not None:
+        raise ValueError(
+            f"max_concurrency {max_concurrency} and gpu_budget {gpu_budget!r} are both given; give"
+            " one of them"
+        )
     proto, folder = load_model(model, base_dir)
     target = Path(out_dir)
     types = infer_types(proto)
@@ -89,6 +102,9 @@ def rewrite(
     layers = find_layers(view, report, copy_shared_weights)
     if not layers or report.wrong_export:
         return report
+    slots: list[int | None] = [max_concurrency] * len(layers)
+    if gpu_budget is not None:
+        slots = _split(gpu_budget, layers, types)
     _refuse_overwriting(model, folder, target, view)
     target.mkdir(parents=True, exist_ok=True)
     experts = Path(expert_weight_file) if expert_weight_file is not None else target / EXPERTS_NAME
@@ -101,7 +117,7 @@ def rewrite(
     renamed: dict[str, str] = {}
     left: set[str] = set()
     for i, layer in enumerate(layers):
-        config = _config(layer[0], i, named, digest, max_concurrency)
+        config = _config(layer[0], i, named, digest, slots[i])
         if expert_weight_file is not None:
             open_expert_weights(config, layer[0].d_model, base_dir=target)
         report.layers.append(
@@ -197,6 +213,21 @@ def _checked_config(match: Match) -> LayerConfig:
         raise ReplaceError(f"'{match.output}'", str(error)) from error
 
 
+def _split(budget: ByteSize, layers: list[Layer], types: ValueTypes) -> list[int | None]:
+    """Slots of each layer."""
+    needs = []
+    for i, (match, _) in enumerate(layers):
+        config = _config(match, i, EXPERTS_NAME, "", None)
+        dtype = WEIGHT_DTYPES[types.element_type(match.hidden_states)]
+        size = slot_bytes(config, match.d_model, dtype)
+        needs.append(LayerSlots(_node_name(i), config.expert_count, config.top_k, size))
+    return [layer.slots for layer in split_budget(budget, needs).layers]
+
+
+def _node_name(index: int) -> str:
+    return f"MoELayer.{index}"
+
+
 def _refused(match: Match, node: str, reason: str) -> NearMiss:
     return NearMiss(match.family, match.anchor, 100, node, reason)
 
@@ -240,7 +271,7 @@ def _replace(
         output=match.output,
         router_logits=match.router_logits,
         config=config,
-        name=f"MoELayer.{index}",
+        name=_node_name(index),
         types=types,
         copy_shared_weights=copy_shared,
         kept=match.kept,

@@ -20,6 +20,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from moe_infer.budget import BUDGET_VARIABLE, Budget, budget_from_environment, split_budget
+from moe_infer.byte_size import ByteSize, parse_bytes
 from moe_infer.errors import PluginError
 from moe_infer.graph.lower import EMBED_LIMIT, Lowered, lower_model
 from moe_infer.graph.lower_data import (
@@ -30,6 +32,7 @@ from moe_infer.graph.lower_data import (
 )
 from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
 from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
+from moe_infer.graph.update import update_layers, with_slots
 from moe_infer.inspect import LayerInfo, describe
 from moe_infer.op import DOMAIN
 from moe_infer.runtime import native, plugin
@@ -46,6 +49,7 @@ _PREPACKING = "session.disable_prepacking"
 
 _logger = logging.getLogger("moe_infer")
 _said = False
+_said_of_budget = False
 _said_lock = threading.Lock()
 
 Providers = Sequence[str | tuple[str, dict[Any, Any]]]
@@ -77,11 +81,18 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             the same as in ``input_shapes``.
         expert_use: make :attr:`expert_use` tell which experts the last run used.
         base_dir: folder of weight files and external data for a model given by its bytes.
+        gpu_budget: bytes of GPU memory for the experts of all layers, or a text such as ``8G``. It
+            sets each layer's slots in memory, in the place of the model's ``max_concurrency``; see
+            :func:`moe_infer.budget.split_budget`. None: what the environment variable
+            ``MOE_INFER_GPU_BUDGET`` says, if it is set. It is for slots alone, not for workspace,
+            and for this session alone. On a lowered model it has no effect, which is said once in a
+            process.
 
     Attributes:
         moe_layers: what :func:`moe_infer.inspect_model` tells of the layers.
         moe_provider: provider that runs the layers; None for a model without any.
         lowered: True if the layers were replaced by standard operators.
+        gpu_budget: what the budget holds; None without one, or where it has no effect.
         profiles: the ranges that TensorRT was given, of inputs and of values at which the graph has
             to be cut; None without ranges or TensorRT. They are logged, too.
 
@@ -89,7 +100,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         FileNotFoundError: the model or a weight file is nowhere.
         WeightFileError: a weight file is damaged or does not fit its layer.
         PluginError: ``providers`` asks for TensorRT, which cannot run here.
-        ValueError: the model, a layer or an argument is not right.
+        ValueError: the model, a layer or an argument is not right; the budget does not hold the
+            experts of one token.
     """
 
     def __init__(
@@ -103,6 +115,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         dims: Mapping[str, tuple[int, int, int]] | None = None,
         expert_use: bool = False,
         base_dir: str | os.PathLike[str] | None = None,
+        gpu_budget: ByteSize | None = None,
         **kwargs: Any,
     ) -> None:
         model, folder = load_model(path, base_dir)
@@ -111,9 +124,18 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         asked = _normalize(providers, provider_options)
         ranges = _ranges(input_shapes, dims)
         profiles = make_profiles(_inputs(model), ranges) if ranges else None
+        budget = _given_budget(gpu_budget)
         choice = _choose(asked, bool(layers))
-        self.moe_layers: list[LayerInfo] = [describe(layer) for layer in layers]
         self.lowered = bool(layers) and choice.moe_provider != TENSORRT_PROVIDER
+        self.gpu_budget: Budget | None = None
+        resized = False
+        if budget is not None and self.lowered:
+            _say_budget_once(budget, choice)
+        elif budget is not None and layers:
+            self.gpu_budget, updated = _apply_budget(budget, model, layers)
+            resized = any(a.config != b.config for a, b in zip(layers, updated, strict=True))
+            layers = updated
+        self.moe_layers: list[LayerInfo] = [describe(layer) for layer in layers]
         self.moe_provider = choice.moe_provider if layers else None
         self._layers = layers
         self._taps = add_taps(model, layers) if expert_use else []
@@ -129,7 +151,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             check_content(layer.weights for layer in layers)
             prepared = _lower(model, folder, choice.moe_provider, layers, options)
         elif layers:
-            prepared = _for_tensorrt(path, model, folder, layers, bool(self._taps) or given_bytes)
+            changed = bool(self._taps) or given_bytes or resized
+            prepared = _for_tensorrt(path, model, folder, layers, changed)
         self.profiles: Profiles | None = None
         self._watch: ShapeWatch | None = None
         if self.moe_provider == TENSORRT_PROVIDER:
@@ -250,6 +273,14 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
+class _GivenBudget:
+    """A budget and where it comes from."""
+
+    nbytes: int
+    what: str
+
+
+@dataclass(frozen=True)
 class _Choice:
     """What runs a model.
 
@@ -346,6 +377,45 @@ def _say_once(choice: _Choice) -> None:
         "MoELayer nodes are lowered to operators of %s, without TensorRT: %s",
         choice.moe_provider,
         choice.reason,
+    )
+
+
+def _given_budget(argument: ByteSize | None) -> _GivenBudget | None:
+    """The argument, else what the environment says."""
+    what, value = "gpu_budget", argument
+    if value is None:
+        what, value = f"environment variable {BUDGET_VARIABLE}", budget_from_environment()
+    return None if value is None else _GivenBudget(parse_bytes(value, what), what)
+
+
+def _apply_budget(
+    budget: _GivenBudget, model: onnx.ModelProto, layers: list[LayerNode]
+) -> tuple[Budget, list[LayerNode]]:
+    """Splits a budget and gives the model's layers these slots; the model is changed in place."""
+    split = split_budget(budget.nbytes, [describe(layer) for layer in layers], budget.what)
+    pairs = zip(layers, split.layers, strict=True)
+    configs = [with_slots(layer, part.slots) for layer, part in pairs]
+    _logger.info(
+        "%s of %d bytes: %d of %d experts have a slot, in %d bytes",
+        budget.what,
+        split.given,
+        split.slots,
+        split.experts,
+        split.nbytes,
+    )
+    return split, update_layers(model, layers, configs)
+
+
+def _say_budget_once(budget: _GivenBudget, choice: _Choice) -> None:
+    global _said_of_budget
+    with _said_lock:
+        if _said_of_budget:
+            return
+        _said_of_budget = True
+    _logger.warning(
+        "%s has no effect: the layers are lowered to operators of %s, which have no slots",
+        budget.what,
+        choice.moe_provider,
     )
 
 
