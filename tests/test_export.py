@@ -60,6 +60,22 @@ def test_command_rewrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [o.name for o in model.graph.output][:2] == ["logits", "present.0.key"]
 
 
+def test_command_takes_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = _save("Mixtral", tmp_path / "in"), tmp_path / "out"
+    command = ["export", str(source), str(out), "--insert", "--gpu-budget"]
+    assert main([*command, "much"]) == 1
+    assert "--gpu-budget must be a number of bytes" in capsys.readouterr().err
+    assert not out.exists()
+    # What is there is whole when the budget does not suffice, and the least that does is told.
+    assert main([*command, "1"]) == 1
+    (least,) = re.findall(r"give at least (\d+)", capsys.readouterr().err)
+    assert all(x.slots == x.experts for x in moe_infer.inspect_model(out / "model.onnx"))
+    assert main([*command, least]) == 0
+    layers = moe_infer.inspect_model(out / "model.onnx")
+    assert [x.slots for x in layers] == [x.top_k for x in layers]
+    assert sum(x.slots_bytes for x in layers) == int(least)
+
+
 def test_a_past_changes_nothing(tmp_path: Path) -> None:
     """Inserted; the same tokens in one run and in two, the second with the first's cache."""
     source = _save("DeepSeek-V3", tmp_path / "in")

@@ -485,7 +485,7 @@ def test_the_commands_plot(tmp_path: Path) -> None:
         (["GOOD", "--slots", "0"], "slots must be a number from 1"),
         (["GOOD", "--slots", "101%"], "must be numbers or parts such as 25%, got '101%'"),
         (["GOOD", "--policy", "mru"], "policy must be lru, lfu:HALF_LIFE"),
-        (["GOOD", "--expert-bytes", "much"], "--expert-bytes must be like"),
+        (["GOOD", "--expert-bytes", "much"], "--expert-bytes must be a number of bytes such as"),
         (["GOOD", "--expert-bytes", "1M", "--bus", "0"], "bus must be a number above 0"),
         (["GOOD", "--batch", "0"], "batch must be at least 1"),
     ],

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import moe_infer
+from moe_infer.byte_size import parse_bytes
+from moe_infer.commands import budget
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command's options."""
@@ -26,11 +30,17 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="of the graph; as the weights are stored by default",
     )
-    export.add_argument(
+    slots = export.add_mutually_exclusive_group()
+    slots.add_argument(
         "--max-concurrency",
         type=int,
         metavar="N",
         help="most experts of a layer on the GPU at once; all of them by default",
+    )
+    slots.add_argument(
+        budget.OPTION,
+        metavar=budget.METAVAR,
+        help="bytes of GPU memory for the experts of all layers, split into slots",
     )
     export.add_argument(
         "--check", action="store_true", help="run the graph on the CPU and compare with PyTorch"
@@ -49,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
         ) from error
     from moe_infer.torch.pretrained import export_pretrained
 
+    # Whether it suffices is known at the end; that it is a size must not wait for an export.
+    nbytes = None
+    if options.gpu_budget is not None:
+        nbytes = parse_bytes(options.gpu_budget, budget.OPTION)
     report = export_pretrained(
         options.model_dir,
         options.out_dir,
@@ -59,4 +73,6 @@ def run(options: argparse.Namespace) -> int:
         check=options.check,
     )
     print(report)
+    if nbytes is not None:
+        moe_infer.set_gpu_budget(report.model_path, nbytes, report.model_path)
     return 0

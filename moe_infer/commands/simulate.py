@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_infer.byte_size import parse_bytes
 from moe_infer.commands.arguments import console, given_inputs, pair
 
 _GENERATED = {
@@ -22,7 +23,6 @@ _GENERATED = {
     "seed": ("seed", int),
 }
 _REQUIRED = ("experts", "top_k", "layers", "tokens")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add_parser(commands: Any) -> None:
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     machine = None
     if options.expert_bytes is not None:
         machine = Machine(
-            _bytes(options.expert_bytes),
+            parse_bytes(options.expert_bytes, "--expert-bytes"),
             options.bus,
             options.other_us,
             options.expert_us,
@@ -207,10 +207,3 @@ def _slots(text: str, experts: int) -> list[int]:
         part = round(float(entry[:-1]) / 100 * experts) if entry.endswith("%") else int(entry)
         found.append(max(part, 1) if entry.endswith("%") else part)
     return found
-
-
-def _bytes(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
-    if match is None:
-        raise ValueError(f"--expert-bytes must be like 9437184 or 9M, got '{text}'")
-    return float(match[1]) * _UNITS[match[2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_infer.byte_size import format_bytes
 from moe_infer.graph.match import NearMiss
 from moe_infer.op import LayerConfig
 
@@ -45,7 +46,7 @@ class LayerReport:
             f"layer {self.index}: {self.node_name}: {c.expert_count} experts"
             f" {c.expert_sublayer_type} {self.d_model} x {c.hidden_size}, {c.moe_variant}"
             f" top {c.top_k}{normalized}{more},"
-            f" {_size(self.nbytes)}, in place of {len(self.removed_nodes)} nodes (family"
+            f" {format_bytes(self.nbytes)}, in place of {len(self.removed_nodes)} nodes (family"
             f" '{self.family}')"
         )
 
@@ -76,10 +77,9 @@ class RewriteReport:
     def __str__(self) -> str:
         lines = [str(layer) for layer in self.layers]
         if self.layers:
-            total = sum(layer.nbytes for layer in self.layers)
-            lines.insert(
-                0, f"{_count(len(self.layers), 'MoE layer')} rewritten, {_size(total)} of experts:"
-            )
+            total = format_bytes(sum(layer.nbytes for layer in self.layers))
+            count = _count(len(self.layers), "MoE layer")
+            lines.insert(0, f"{count} rewritten, {total} of experts:")
         elif self.wrong_export:
             lines.append("the export is wrong; nothing was written")
         else:
@@ -110,12 +110,3 @@ class RewriteReport:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
