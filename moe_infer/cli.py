@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,17 +23,18 @@ from rich.table import Table
 import moe_infer
 from moe_infer.byte_size import format_bytes
 from moe_infer.commands import budget, export, plan, simulate, verify
-from moe_infer.commands.arguments import PROVIDERS, console, given_inputs, given_shapes, pair
+from moe_infer.commands.arguments import (
+    PROVIDERS,
+    console,
+    given_inputs,
+    given_shapes,
+    given_sizes,
+    pair,
+)
 from moe_infer.graph.explain import explain
 from moe_infer.runtime.stats import ExpertStats, text
 
 NOTHING_MATCHED = 3
-
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
-_WHOLE = {
-    f"tensor({name})": np.dtype(name)
-    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +120,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=1,8",
-        help="shape of a random input: floats of unit variance, integers 0 or 1",
+        help="shape of a random input",
+    )
+    run.add_argument(
+        "--dim",
+        action="append",
+        default=[],
+        metavar="NAME=3",
+        help="size of a symbolic dimension; a batch of 2, 5 tokens, a past of 3 by default",
     )
     run.add_argument(
         "--range",
@@ -256,7 +265,6 @@ def _memory_table(layers: Sequence[Any]) -> Table:
 def _run(options: argparse.Namespace) -> int:
     if options.repeat < 1:
         raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
-    given = given_inputs(options.input)
     started = time.perf_counter()
     with Console(stderr=True).status("creating the session"):
         session = moe_infer.InferenceSession(
@@ -267,7 +275,7 @@ def _run(options: argparse.Namespace) -> int:
             gpu_budget=options.gpu_budget,
         )
     creation = time.perf_counter() - started
-    feeds = _feeds(session, given, given_shapes(options.shape), options.seed)
+    feeds = _feeds(options)
     names = [output.name for output in session.get_outputs()]
     times = []
     for _ in track(
@@ -355,41 +363,23 @@ def _ranges(texts: Sequence[str]) -> dict[str, Any]:
     return {name: parse_range(value) for name, value in (pair(t, "--range") for t in texts)}
 
 
-def _feeds(
-    session: Any,
-    given: dict[str, np.ndarray[Any, Any]],
-    shapes: dict[str, tuple[int, ...]],
-    seed: int,
-) -> dict[str, np.ndarray[Any, Any]]:
-    rng = np.random.default_rng(seed)
-    inputs = {value.name: value for value in session.get_inputs()}
-    unknown = sorted((set(given) | set(shapes)) - set(inputs))
-    if unknown:
-        raise ValueError(f"the model has no input '{unknown[0]}'; it has {', '.join(inputs)}")
-    return {
-        name: given[name] if name in given else _random(rng, value, shapes.get(name))
-        for name, value in inputs.items()
-    }
+def _feeds(options: argparse.Namespace) -> dict[str, np.ndarray[Any, Any]]:
+    from moe_infer.compare.feeds import make_feeds
 
-
-def _random(
-    rng: np.random.Generator, value: Any, shape: tuple[int, ...] | None
-) -> np.ndarray[Any, Any]:
-    if shape is None:
-        if not all(isinstance(d, int) for d in value.shape):
-            raise ValueError(
-                f"input '{value.name}' has the dynamic shape {value.shape}; give"
-                f" --shape {value.name}=... or --input {value.name}=FILE.npy"
-            )
-        shape = tuple(value.shape)
-    if value.type in _FLOATS:
-        return rng.standard_normal(shape).astype(_FLOATS[value.type])
-    if value.type in _WHOLE:
-        return rng.integers(0, 2, shape).astype(_WHOLE[value.type])
-    raise ValueError(
-        f"input '{value.name}' has type {value.type}, for which there are no random values; give"
-        f" --input {value.name}=FILE.npy"
+    feeds = make_feeds(
+        onnx.load(options.model, load_external_data=False),
+        given=given_inputs(options.input),
+        dims=given_sizes(options.dim),
+        shapes=given_shapes(options.shape),
+        seed=options.seed,
     )
+    for name, value in feeds.items():
+        if value.dtype.name == "bfloat16":
+            raise ValueError(
+                f"input '{name}' is bfloat16, which ONNX Runtime does not take as a NumPy array;"
+                " moe-infer verify runs such graphs"
+            )
+    return feeds
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ def test_run_for_machines(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(record["expert_use"]["moe_0"]) == 2 * 3 * 2
 
 
+def test_run_chooses_shapes(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", model, CPU, "--dim", "seq=4", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["inputs"]["x"]["shape"] == record["outputs"]["y"]["shape"] == [2, 4, D_MODEL]
+
+
 def test_run_for_people(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.ones((1, 4, D_MODEL), np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -106,10 +112,10 @@ def test_rewrite(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "message"),
     [
         (["--shape", "z=1,2,8"], "the model has no input 'z'; it has x"),
-        ([], "input 'x' has the dynamic shape"),
+        (["--dim", "past=3"], "no input has a dimension 'past'; symbolic dimensions are"),
         (["--shape", "x"], "--shape must be NAME=VALUE, got 'x'"),
         (["--shape", "x=1,b,8"], "--shape must be like NAME=1,8"),
-        (["--shape", "x=1,2,9"], "INVALID_ARGUMENT"),
+        (["--shape", "x=1,2,9"], "input 'x' has 9 at dimension 2 (8), but 8 is needed there"),
         (["--shape", "x=1,2,8", "--repeat", "0"], "--repeat must be at least 1, got 0"),
         (["--input", "x=none.npy"], "none.npy"),
         (["--shape", "x=1,2,8", "--range", "x=1,2"], "a range must be three shapes"),
