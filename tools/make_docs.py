@@ -20,11 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from moe_bench import cases, report  # noqa: E402
+from moe_bench.streaming import report as streaming_report  # noqa: E402
 from policies import tables  # noqa: E402
 
 from moe_infer import op  # noqa: E402
 
-FILES = ("README.md", "docs/operator.md", "docs/models.md", "docs/scheduling.md")
+FILES = (
+    "README.md",
+    "docs/operator.md",
+    "docs/models.md",
+    "docs/scheduling.md",
+    "docs/fetching.md",
+)
 RESIDENT_COLUMNS = (
     "bare_graph",
     "trt_graph",
@@ -136,6 +143,26 @@ def resident_table(path: Path = ROOT / "benchmarks/results/resident.json") -> st
     return "\n\n".join(parts)
 
 
+def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
+    """Times of layers whose experts do not all fit; what could not run is in the file."""
+    if not path.exists():
+        return "Not measured yet; `python benchmarks/streaming.py` does."
+    record = json.loads(path.read_text())
+    runs = [record["runs"][i] for i in sorted({point["run"] for point in record["points"]})]
+    told = [f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}" for run in runs]
+    parts = [f"Milliseconds for one run or step; {'; '.join(told)}."]
+    for part, title in streaming_report.TITLES.items():
+        points = [p for p in record["points"] if p["part"] == part and "ms" in p]
+        if points:
+            parts += [title, streaming_report.table(points)]
+    return "\n\n".join(parts)
+
+
+def earlier_streaming_table() -> str:
+    """The same of a run with an earlier version, which reached other points."""
+    return streaming_table(ROOT / "benchmarks/results/streaming_earlier.json")
+
+
 def models() -> str:
     """What becomes of real models' exports, as tests/test_models.py found it."""
     rows = []
@@ -165,6 +192,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "sublayer_example": sublayer_example,
     "models": models,
     "resident": resident_table,
+    "streaming": streaming_table,
+    "streaming_earlier": earlier_streaming_table,
     "policies": policy_study(tables.by_trace),
     "budgets": policy_study(tables.by_budget),
     "circles": policy_study(tables.circles),
