@@ -234,7 +234,15 @@ def _layers_table(layers: Sequence[Any]) -> Table:
 
 def _memory_table(layers: Sequence[Any]) -> Table:
     table = Table(
-        "layer", "on disk", "host", "slots", "a slot", "GPU: slots", "GPU: workspace", "on the CPU"
+        "layer",
+        "on disk",
+        "host",
+        "slots",
+        "a slot",
+        "GPU: slots",
+        "GPU: workspace",
+        "in a CUDA graph",
+        "on the CPU",
     )
     for column in table.columns[1:7]:
         column.justify = "right"
@@ -248,6 +256,7 @@ def _memory_table(layers: Sequence[Any]) -> Table:
             format_bytes(layer.slot_bytes),
             format_bytes(layer.slots_bytes),
             "not asked (--tokens, on a GPU)" if workspace is None else format_bytes(workspace),
+            layer.cuda_graph,
             layer.lowering,
         )
     table.add_section()

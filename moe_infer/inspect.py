@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import Any
 
+from moe_infer.cuda_graph import captured_runs
 from moe_infer.graph.lower_fused import CPU_PROVIDER, why_not_fused
 from moe_infer.graph.lower_nodes import (
     LayerNode,
@@ -40,13 +41,15 @@ class LayerInfo:
         weight_format: ``npz`` or ``safetensors``, and whether the experts are stacked.
         parameters: weights of all experts.
         disk_bytes: bytes that the layer's experts take in the file.
-        host_bytes: host memory for the experts on a GPU: the mapped part of the file (shared by
-            all sessions of a process), or the inflated tensors of a deflated file.
+        host_bytes: host memory for the experts on a GPU: the part of the file that is read (shared
+            by all sessions of a process), or the inflated tensors of a deflated file.
         slots: experts of this layer in GPU memory at once.
         slot_bytes: one expert in the graph's type, each tensor padded to 256 bytes.
         slots_bytes: GPU memory of all slots.
         workspace_bytes: GPU memory that a run needs beside the slots; None if it was not asked for
             or there is no GPU to ask.
+        cuda_graph: which runs a CUDA graph can capture, and if none, why
+            (:func:`moe_infer.cuda_graph.captured_runs`).
         lowering: what runs the experts on the CPU provider, and why that.
     """
 
@@ -71,6 +74,7 @@ class LayerInfo:
     slot_bytes: int
     slots_bytes: int
     workspace_bytes: int | None
+    cuda_graph: str
     lowering: str
 
     @property
@@ -130,6 +134,7 @@ def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
         slot_bytes=slot,
         slots_bytes=slots * slot,
         workspace_bytes=None if tokens is None else _workspace(layer, tokens),
+        cuda_graph=captured_runs(layer),
         lowering=_lowering(layer),
     )
 

@@ -42,6 +42,7 @@ def test_sizes(tmp_path: Path) -> None:
     assert layer.slots == 3
     assert layer.slots_bytes == layer.gpu_bytes == 3 * layer.slot_bytes
     assert layer.workspace_bytes is None
+    assert layer.cuda_graph == "no: the weights are float16, the model float32"
     assert layer.lowering.startswith("an If for each expert")
 
 
@@ -85,3 +86,26 @@ def test_the_same_checks_as_a_session(tmp_path: Path) -> None:
             "T5_FF", "default", EXPERTS, D_MODEL, HIDDEN, 1, "nowhere.npz", centroids=True
         )
         moe_infer.inspect_model(layer_model([attributes], D_MODEL))
+
+
+@pytest.mark.parametrize(
+    ("form", "sublayer", "more", "said"),
+    [
+        ("safetensors stacked", "Gated_SiLU", {"max_concurrency": 3}, "up to 3 tokens"),
+        ("safetensors stacked", "Gated_SiLU", {"max_concurrency": 1}, "up to 1 token"),
+        ("safetensors stacked", "Gated_SiLU", {"max_concurrency": 4}, "any number of tokens"),
+        ("npz deflated", "ReLU_FF", {"max_concurrency": 2}, "up to 2 tokens"),
+        ("npz stored", "Gated_SiLU", {}, "no: gate_weight and up_weight are tensors of their own"),
+        (
+            "safetensors stacked",
+            "ReLU_FF",
+            {"expert_bias": 1},
+            "no: an expert's up_bias does not begin at a multiple of 16 bytes",
+        ),
+    ],
+)
+def test_cuda_graph(
+    tmp_path: Path, form: str, sublayer: str, more: dict[str, Any], said: str
+) -> None:
+    """36 biases of 2 bytes are no multiple of 16; 20 x 36 weights are one."""
+    assert described(tmp_path, form, sublayer, "float16", **more).cuda_graph == said
