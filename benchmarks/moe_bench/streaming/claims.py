@@ -20,7 +20,9 @@ from moe_bench.streaming.shapes import (
     MIXTRAL_MOST_MS,
     MIXTRAL_OVER_ACCELERATE,
     MODES,
+    SIMULATED_WITHIN,
 )
+from moe_bench.streaming.simulated import simulated_ms
 
 Point = dict[str, Any]
 
@@ -165,6 +167,17 @@ def _about_the_decoder(mode: str, points: list[Point]) -> list[dict[str, Any]]:
             "0",
             lambda v: abs(v) < 1e-9,
             lambda values: max(values, key=abs),
+        ),
+        _line(
+            f"{mode}: B, batch 1, simulated time over measured",
+            [
+                ms / p["ms"]
+                for p in points
+                if p["tokens"] == 1 and (ms := simulated_ms(p)) is not None
+            ],
+            f"within {SIMULATED_WITHIN:.0%}",
+            lambda v: abs(v - 1) <= SIMULATED_WITHIN,
+            lambda values: max(values, key=lambda v: abs(v - 1)),
         ),
         _line(
             f"{name}, hit rate below Belady's",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_bench.report import claims_table, markdown_table, number
+from moe_bench.streaming.simulated import simulated_ms
 
 TITLES = {
     "A": "A: InfMoE's example, T5_FF, 20 experts of 4096 x 16384, bfloat16",
@@ -50,12 +51,14 @@ def table(points: Sequence[Point]) -> str:
             percent(point.get("hit_rate")),
             percent(point.get("replay_hit_rate")),
             percent(point.get("belady_hit_rate")),
+            number(simulated_ms(point)) if "ms" in point else "",
         ]
         for point in points
     ]
     head = [
         "tokens", "slots", "routing", "state", "mode", "ms", "p10..p90", "floor", "x floor",
         "bound", "resident", "GB/s", "of the bus", "hits", "replayed", "Belady",
+        "simulated",
     ]  # fmt: skip
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return markdown_table([head[i] for i in used], [[row[i] for i in used] for row in rows])
