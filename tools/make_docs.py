@@ -158,6 +158,27 @@ def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> 
     return "\n\n".join(parts)
 
 
+def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
+    """What a user wants to know of it: a decoder's token by slots, and the peer."""
+    if not path.exists():
+        return "Not measured yet; `python benchmarks/streaming.py` does."
+    points = [p for p in json.loads(path.read_text())["points"] if "ms" in p]
+    rows = []
+    for p in points:
+        if p["part"] == "B" and p["tokens"] == 1:
+            who = f"48 layers of 128 experts, top 8, 2048 x 768; slots for {p['slots']}"
+        elif p["part"] == "C" and p["state"] == "cold":
+            who = f"4 layers of 8 experts, top 2, 4096 x 14336; slots for {p['slots']}, no hits"
+        elif p["part"] == "C" and p["mode"] == "accelerate":
+            who = "the same 4 layers"
+        else:
+            continue
+        by = p["mode"] if p["mode"] == "accelerate" else f"moe-infer, the {p['mode']} fetches"
+        hits = streaming_report.percent(p.get("hit_rate"))
+        rows.append((who, by, report.number(p["ms"]), report.number(p.get("floor_ms")), hits))
+    return table(("MoE layers, bfloat16, one token", "by", "ms", "floor", "experts hit"), rows)
+
+
 def earlier_streaming_table() -> str:
     """The same of a run with an earlier version, which reached other points."""
     return streaming_table(ROOT / "benchmarks/results/streaming_earlier.json")
@@ -193,6 +214,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "models": models,
     "resident": resident_table,
     "streaming": streaming_table,
+    "streaming_in_short": streaming_in_short,
     "streaming_earlier": earlier_streaming_table,
     "policies": policy_study(tables.by_trace),
     "budgets": policy_study(tables.by_budget),
