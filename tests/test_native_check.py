@@ -219,6 +219,8 @@ def test_the_last_error_is_the_threads_own() -> None:
     thread.join()
     assert found == [b""]
     assert b"'expert_count' is missing" in plugin.load().moe_infer_last_error()
+    plugin.load().moe_infer_clear_last_error()
+    assert plugin.load().moe_infer_last_error() == b""
 
 
 def test_what_the_binding_refuses() -> None:

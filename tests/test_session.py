@@ -27,7 +27,7 @@ from layer_models import (
 )
 from moe_infer import reference
 from moe_infer.op import SUBLAYERS
-from moe_infer.runtime import plugin, profiles, session
+from moe_infer.runtime import plugin, prepare, profiles, providers
 from moe_infer.runtime.expert_use import count_expert_use
 from moe_infer.runtime.options import get_entry
 from moe_infer.runtime.profiles import make_profiles, parse_range
@@ -71,7 +71,7 @@ def expected_output(folder: Path, attributes: dict[str, Any]) -> np.ndarray[Any,
 
 @pytest.fixture(autouse=True)
 def not_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_said", False)
+    monkeypatch.setattr(providers, "_said", False)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -107,7 +107,7 @@ def test_bytes_and_the_search_order_of_weights(
 def test_deflated_experts_over_the_limit_are_given_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "EMBED_LIMIT", 0)
+    monkeypatch.setattr(prepare, "EMBED_LIMIT", 0)
     attributes = attributes_in(tmp_path, "npz deflated")
     made = moe_infer.InferenceSession(saved(tmp_path, [attributes]), providers=CPU)
     assert_close(made.run(None, FEEDS)[0], expected_output(tmp_path, attributes), "float32")
@@ -274,7 +274,7 @@ def test_what_is_chosen(
     monkeypatch.setattr(ort, "get_available_providers", lambda: available)
     monkeypatch.setattr(plugin, "status", usable(plugin_usable))
     monkeypatch.setattr(plugin, "gpu_count", lambda: gpus)
-    choice = session._choose(None, True)
+    choice = providers.choose(None, True)
     assert choice.moe_provider == provider
     assert [name for name, _ in choice.providers] == ALL[ALL.index(provider) :]
     assert reason in choice.reason
@@ -324,6 +324,38 @@ class Recorder:
         monkeypatch.setattr(ort.InferenceSession, "__init__", init)
         monkeypatch.setattr(ort, "get_available_providers", lambda: ALL)
         monkeypatch.setattr(plugin, "status", usable(True))
+
+
+def test_only_what_the_plugin_said_meanwhile_is_added_to_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        said = b"something of an hour ago"
+
+        def moe_infer_last_error(self) -> bytes:
+            return self.said
+
+        def moe_infer_clear_last_error(self) -> None:
+            self.said = b""
+
+    library = Library()
+    says: list[bytes] = []
+
+    def init(*_: Any, **__: Any) -> None:
+        library.said = says[0] if says else library.said
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(ort.InferenceSession, "__init__", init)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ALL)
+    monkeypatch.setattr(plugin, "status", usable(True))
+    monkeypatch.setattr(plugin, "load", lambda: library)
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    with pytest.raises(RuntimeError, match=r"^no engine$"):
+        moe_infer.InferenceSession(path, providers=ALL)
+    says.append(b"the weight file is gone")
+    for _ in range(2):  # and again, when the same is said again
+        with pytest.raises(RuntimeError, match="no engine; the plugin says: the weight file is"):
+            moe_infer.InferenceSession(path, providers=ALL)
 
 
 def test_what_goes_to_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import moe_infer
 from moe_infer.graph.lower_nodes import read_layers
 from moe_infer.graph.replace import digest_name
-from moe_infer.runtime import session
+from moe_infer.runtime import providers, session_budget
 from test_budget import CPU, D_MODEL, SLOT, save_model, slots_of
 from test_session import Recorder
 
@@ -22,8 +22,8 @@ VARIABLE = "MOE_INFER_GPU_BUDGET"
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_said", False)
-    monkeypatch.setattr(session, "_said_of_budget", False)
+    monkeypatch.setattr(providers, "_said", False)
+    monkeypatch.setattr(session_budget, "_said", False)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 

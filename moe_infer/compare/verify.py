@@ -22,7 +22,8 @@ from moe_infer.graph.lower_nodes import inline_functions, load_model
 from moe_infer.graph.progress import status
 from moe_infer.graph.replace import GIVES, REPLACES
 from moe_infer.op import DOMAIN, OP_TYPE
-from moe_infer.runtime.session import InferenceSession, Providers
+from moe_infer.runtime.providers import Providers
+from moe_infer.runtime.session import InferenceSession
 
 TOLERANCES = {
     "float32": Tolerance(1e-4, 1e-4),

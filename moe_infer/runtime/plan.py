@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from moe_infer.graph.lower_nodes import load_model
 from moe_infer.op import OP_TYPE
-from moe_infer.runtime.session import InferenceSession, Providers
+from moe_infer.runtime.providers import Providers
+from moe_infer.runtime.session import InferenceSession
 
 _RECORD = "session.record_ep_graph_assignment_info"
 

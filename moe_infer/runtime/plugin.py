@@ -21,6 +21,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_infer.errors import PluginError
 
@@ -50,8 +51,9 @@ _TENSORRT_LIBRARIES = (
 )
 
 # What this module calls of ops/include/moe_infer.h; none takes an argument.
-_FUNCTIONS: dict[str, type] = {
+_FUNCTIONS: dict[str, Any] = {
     "moe_infer_last_error": ctypes.c_char_p,
+    "moe_infer_clear_last_error": None,
     "moe_infer_tensorrt_headers_version": ctypes.c_char_p,
     "moe_infer_register": ctypes.c_int,
 }

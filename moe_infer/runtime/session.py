@@ -1,58 +1,44 @@
 """An ``onnxruntime.InferenceSession`` that runs MoELayer nodes wherever it is.
 
 The way of a model: it is opened without its weights and every layer is checked (``lower_nodes``),
-then ``_choose`` says what runs it. With TensorRT the graph goes to ONNX Runtime as it is;
-otherwise ``graph/lower`` replaces the layers in memory first.
+then ``providers`` says what runs it and ``prepare`` makes what ONNX Runtime gets. With TensorRT the
+graph goes there as it is; otherwise ``graph/lower`` replaces the layers in memory first.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import onnxruntime as ort
 
-from moe_infer.budget import BUDGET_VARIABLE, Budget, budget_from_environment, split_budget
-from moe_infer.byte_size import ByteSize, parse_bytes
+from moe_infer.budget import Budget
+from moe_infer.byte_size import ByteSize
 from moe_infer.errors import PluginError
-from moe_infer.graph.lower import EMBED_LIMIT, Lowered, lower_model
-from moe_infer.graph.lower_data import (
-    ELEMENT_TYPES,
-    embed_inflated,
-    make_absolute,
-    place_in_memory,
-)
-from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
-from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
-from moe_infer.graph.update import update_layers, with_slots
+from moe_infer.graph.lower_nodes import inline_functions, load_model, read_layers
 from moe_infer.inspect import LayerInfo, describe
-from moe_infer.op import DOMAIN
 from moe_infer.runtime import native, plugin
 from moe_infer.runtime.expert_use import ExpertUse, UseTotals, add_taps, choices, count
+from moe_infer.runtime.input_ranges import dimensions_of, ranges_of, shape_of
 from moe_infer.runtime.options import copy_options, set_entries
+from moe_infer.runtime.prepare import FOLDER, Prepared, for_tensorrt, foreign_domains, lower_for
 from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
+from moe_infer.runtime.providers import (
+    TENSORRT_PROVIDER,
+    Providers,
+    choose,
+    normalize,
+    say_lowered_once,
+)
+from moe_infer.runtime.session_budget import apply_budget, given_budget, say_budget_once
 from moe_infer.runtime.stats.collect import of_library, of_lowered
 from moe_infer.runtime.stats.counters import ExpertStats
-from moe_infer.weights import check_content, resolve_weight_path
-
-TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-_FOLDER = "session.model_external_initializers_file_folder_path"
-_PREPACKING = "session.disable_prepacking"
+from moe_infer.weights import check_content
 
 _logger = logging.getLogger("moe_infer")
-_said = False
-_said_of_budget = False
-_said_lock = threading.Lock()
-
-Providers = Sequence[str | tuple[str, dict[Any, Any]]]
 
 
 class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
@@ -121,18 +107,18 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         model, folder = load_model(path, base_dir)
         model = inline_functions(model)
         layers = read_layers(model, folder)
-        asked = _normalize(providers, provider_options)
-        ranges = _ranges(input_shapes, dims)
-        profiles = make_profiles(_inputs(model), ranges) if ranges else None
-        budget = _given_budget(gpu_budget)
-        choice = _choose(asked, bool(layers))
+        asked = normalize(providers, provider_options)
+        ranges = ranges_of(input_shapes, dims)
+        profiles = make_profiles(dimensions_of(model), ranges) if ranges else None
+        budget = given_budget(gpu_budget)
+        choice = choose(asked, bool(layers))
         self.lowered = bool(layers) and choice.moe_provider != TENSORRT_PROVIDER
         self.gpu_budget: Budget | None = None
         resized = False
         if budget is not None and self.lowered:
-            _say_budget_once(budget, choice)
+            say_budget_once(budget, choice)
         elif budget is not None and layers:
-            self.gpu_budget, updated = _apply_budget(budget, model, layers)
+            self.gpu_budget, updated = apply_budget(budget, model, layers)
             resized = any(a.config != b.config for a, b in zip(layers, updated, strict=True))
             layers = updated
         self.moe_layers: list[LayerInfo] = [describe(layer) for layer in layers]
@@ -142,21 +128,21 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._expert_use: list[ExpertUse] | None = None
         self._use_totals = [UseTotals(layer) for layer in layers] if expert_use else []
 
-        copied = copy_options(sess_options, _foreign_domains(model))
+        copied = copy_options(sess_options, foreign_domains(model))
         options = sess_options if copied is None else copied
         # Bytes have no folder; ONNX Runtime is told the one of the external data.
         given_bytes = isinstance(path, bytes) and folder is not None
-        prepared = _Prepared(path, {_FOLDER: str(folder)} if given_bytes else {})
+        prepared = Prepared(path, {FOLDER: str(folder)} if given_bytes else {})
         if self.lowered:
             check_content(layer.weights for layer in layers)
-            prepared = _lower(model, folder, choice.moe_provider, layers, options)
+            prepared = lower_for(model, folder, choice.moe_provider, layers, options)
         elif layers:
             changed = bool(self._taps) or given_bytes or resized
-            prepared = _for_tensorrt(path, model, folder, layers, changed)
+            prepared = for_tensorrt(path, model, folder, layers, changed)
         self.profiles: Profiles | None = None
         self._watch: ShapeWatch | None = None
         if self.moe_provider == TENSORRT_PROVIDER:
-            self._watch = ShapeWatch(_inputs(model), profiles)
+            self._watch = ShapeWatch(dimensions_of(model), profiles)
             if profiles is not None:
                 self.profiles = border_profiles(model, ranges, profiles)
                 options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
@@ -164,8 +150,9 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
                 _logger.info("TensorRT builds its engine for %s", self.profiles)
         self._kept_alive = prepared.kept_alive
         if self.lowered and choice.reason:
-            _say_once(choice)
+            say_lowered_once(choice)
         before = set_entries(options, prepared.entries)
+        _forget_native_errors(self.moe_provider)
         try:
             super().__init__(
                 prepared.model,
@@ -221,7 +208,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         run_options: ort.RunOptions | None = None,
     ) -> list[Any]:
         """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
-        self._look({name: _shape(value) for name, value in input_feed.items()})
+        self._look({name: shape_of(value) for name, value in input_feed.items()})
         if not self._taps:
             plain: list[Any] = super().run(output_names, input_feed, run_options)
             return plain
@@ -249,7 +236,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         """
         if not self._taps:
             raise ValueError("expert_choices: the session was made without expert_use=True")
-        self._look({name: _shape(value) for name, value in input_feed.items()})
+        self._look({name: shape_of(value) for name, value in input_feed.items()})
         values = super().run(self._taps, input_feed)
         return [choices(*pair) for pair in zip(self._layers, values, strict=True)]
 
@@ -272,218 +259,11 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         return [output for output in super().get_outputs() if output.name not in self._taps]
 
 
-@dataclass(frozen=True)
-class _GivenBudget:
-    """A budget and where it comes from."""
-
-    nbytes: int
-    what: str
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What runs a model.
-
-    Attributes:
-        providers: name and options, in order.
-        moe_provider: the one that runs the MoELayer nodes.
-        reason: why not TensorRT, if nobody asked for the providers; else "".
-    """
-
-    providers: list[tuple[str, dict[Any, Any]]]
-    moe_provider: str
-    reason: str = ""
-
-
-@dataclass
-class _Prepared:
-    """What goes to ONNX Runtime."""
-
-    model: str | os.PathLike[str] | bytes
-    entries: dict[str, str] = field(default_factory=dict)
-    kept_alive: list[Any] = field(default_factory=list)
-
-
-def _foreign_domains(model: onnx.ModelProto) -> set[str]:
-    """Domains of the model's operators, without our own and those that it defines itself."""
-    return {o.domain for o in model.opset_import} - {DOMAIN} - {f.domain for f in model.functions}
-
-
-def _normalize(
-    providers: Providers | None, provider_options: Sequence[dict[Any, Any]] | None
-) -> list[tuple[str, dict[Any, Any]]] | None:
-    """Names and options, in order; None if no providers are asked for."""
-    if providers is None:
-        if provider_options is not None:
-            raise ValueError("provider_options are given without providers; give both")
-        return None
-    if not providers:
-        raise ValueError(f"providers is empty; available are {_available()}")
-    given = provider_options if provider_options is not None else [{} for _ in providers]
-    if len(given) != len(providers):
-        raise ValueError(
-            f"providers has {len(providers)} entries, but provider_options has {len(given)}"
-        )
-    pairs = []
-    for provider, options in zip(providers, given, strict=True):
-        name, own = (provider, {}) if isinstance(provider, str) else provider
-        pairs.append((name, {**own, **options}))
-    return pairs
-
-
-def _choose(asked: list[tuple[str, dict[Any, Any]]] | None, has_layers: bool) -> _Choice:
-    """What runs the model; see ``providers`` of the session."""
-    available = ort.get_available_providers()
-    if asked is None:
-        return _choose_best(available)
-    names = [name for name, _ in asked]
-    for name in names:
-        if name not in available:
-            message = f"{name} was asked for, but this ONNX Runtime has {', '.join(available)}"
-            if name == TENSORRT_PROVIDER:
-                raise PluginError(f"{message}; pip install 'moe-infer[gpu]' brings it")
-            raise ValueError(f"{message}; choose among these or install another ONNX Runtime")
-    if TENSORRT_PROVIDER in names:
-        if has_layers and not (status := plugin.status()).usable:
-            raise PluginError(f"{TENSORRT_PROVIDER} was asked for, but {status.reason}")
-        return _Choice(asked, TENSORRT_PROVIDER)
-    return _Choice(asked, CUDA_PROVIDER if CUDA_PROVIDER in names else CPU_PROVIDER)
-
-
-def _choose_best(available: Sequence[str]) -> _Choice:
-    if TENSORRT_PROVIDER not in available:
-        reason = f"this ONNX Runtime has no {TENSORRT_PROVIDER} (pip install 'moe-infer[gpu]')"
-    elif (status := plugin.status()).usable:
-        names = (TENSORRT_PROVIDER, CUDA_PROVIDER, CPU_PROVIDER)
-        return _Choice([(name, {}) for name in names if name in available], TENSORRT_PROVIDER)
-    else:
-        reason = status.reason
-    if CUDA_PROVIDER in available and plugin.gpu_count():
-        return _Choice([(CUDA_PROVIDER, {}), (CPU_PROVIDER, {})], CUDA_PROVIDER, reason)
-    return _Choice([(CPU_PROVIDER, {})], CPU_PROVIDER, reason)
-
-
-def _available() -> str:
-    return ", ".join(ort.get_available_providers())
-
-
-def _say_once(choice: _Choice) -> None:
-    global _said
-    with _said_lock:
-        if _said:
-            return
-        _said = True
-    _logger.warning(
-        "MoELayer nodes are lowered to operators of %s, without TensorRT: %s",
-        choice.moe_provider,
-        choice.reason,
-    )
-
-
-def _given_budget(argument: ByteSize | None) -> _GivenBudget | None:
-    """The argument, else what the environment says."""
-    what, value = "gpu_budget", argument
-    if value is None:
-        what, value = f"environment variable {BUDGET_VARIABLE}", budget_from_environment()
-    return None if value is None else _GivenBudget(parse_bytes(value, what), what)
-
-
-def _apply_budget(
-    budget: _GivenBudget, model: onnx.ModelProto, layers: list[LayerNode]
-) -> tuple[Budget, list[LayerNode]]:
-    """Splits a budget and gives the model's layers these slots; the model is changed in place."""
-    split = split_budget(budget.nbytes, [describe(layer) for layer in layers], budget.what)
-    pairs = zip(layers, split.layers, strict=True)
-    configs = [with_slots(layer, part.slots) for layer, part in pairs]
-    _logger.info(
-        "%s of %d bytes: %d of %d experts have a slot, in %d bytes",
-        budget.what,
-        split.given,
-        split.slots,
-        split.experts,
-        split.nbytes,
-    )
-    return split, update_layers(model, layers, configs)
-
-
-def _say_budget_once(budget: _GivenBudget, choice: _Choice) -> None:
-    global _said_of_budget
-    with _said_lock:
-        if _said_of_budget:
-            return
-        _said_of_budget = True
-    _logger.warning(
-        "%s has no effect: the layers are lowered to operators of %s, which have no slots",
-        budget.what,
-        choice.moe_provider,
-    )
-
-
-def _lower(
-    model: onnx.ModelProto,
-    folder: Path | None,
-    provider: str,
-    layers: list[LayerNode],
-    options: ort.SessionOptions,
-) -> _Prepared:
-    lowered = lower_model(model, folder, provider, layers)
-    kept_alive: list[Any] = []
-    if lowered.data.inflated_bytes > EMBED_LIMIT:
-        kept_alive = _give_arrays(lowered, options)
-    else:
-        embed_inflated(lowered.model, lowered.data)
-    # Without prepacking the weights stay in the mapped file and only what is used is read; with
-    # it every expert would be repacked into private memory now.
-    entries = {_PREPACKING: "1"}
-    found = place_in_memory(lowered.model)
-    if found is not None:
-        entries[_FOLDER] = str(found)
-    return _Prepared(lowered.model.SerializeToString(), entries, kept_alive)
-
-
-def _give_arrays(lowered: Lowered, options: ort.SessionOptions) -> list[Any]:
-    """Hands deflated experts to ONNX Runtime in memory, beside a model that could not hold them."""
-    names: list[str] = []
-    values: list[Any] = []
-    kept: list[Any] = []
-    for name, array in lowered.data.arrays():
-        dtype = ELEMENT_TYPES[array.dtype.name]
-        bits = array.view("u2") if array.dtype.name == "bfloat16" else array
-        names.append(name)
-        values.append(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype))
-        kept += [array, values[-1]]
-    options.add_external_initializers(names, values)
-    return kept
-
-
-def _for_tensorrt(
-    path: str | os.PathLike[str] | bytes,
-    model: onnx.ModelProto,
-    folder: Path | None,
-    layers: list[LayerNode],
-    changed: bool,
-) -> _Prepared:
-    """The model for TensorRT, whose plugin does not know the model's folder."""
-    for layer in layers:
-        file = layer.weights.file
-        if file is None or _plugin_finds(layer.config.expert_weight_file, file.path):
-            continue
-        changed = True
-        for attribute in model.graph.node[layer.index].attribute:
-            if attribute.name == "expert_weight_file":
-                attribute.s = os.fsencode(file.path)
-    if not changed:
-        return _Prepared(path)
-    make_absolute(model, folder)
-    found = place_in_memory(model)
-    entries = {} if found is None else {_FOLDER: str(found)}
-    return _Prepared(model.SerializeToString(), entries)
-
-
-def _plugin_finds(text: str, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samefile(resolve_weight_path(text), path)
-    return False
+def _forget_native_errors(moe_provider: str | None) -> None:
+    """So that what the plugin says afterwards is about this session."""
+    if moe_provider == TENSORRT_PROVIDER:
+        with suppress(PluginError, AttributeError):
+            plugin.load().moe_infer_clear_last_error()
 
 
 def _add_native_error(error: Exception, moe_provider: str | None) -> None:
@@ -494,37 +274,3 @@ def _add_native_error(error: Exception, moe_provider: str | None) -> None:
         said = plugin.load().moe_infer_last_error().decode(errors="replace")
         if said and said not in str(error):
             error.args = (f"{error}; the plugin says: {said}", *error.args[1:])
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape()) if isinstance(value, ort.OrtValue) else np.shape(value)
-
-
-def _ranges(
-    input_shapes: Mapping[str, Any] | None, dims: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    ranges = dict(input_shapes or {})
-    for name, numbers in (dims or {}).items():
-        if name in ranges:
-            raise ValueError(f"'{name}' has a range both in input_shapes and in dims; give one")
-        whole = isinstance(numbers, Sequence) and all(isinstance(n, int) for n in numbers)
-        if not whole or len(numbers) != 3:
-            raise ValueError(
-                f"dims: '{name}' must have three numbers (smallest, usual, largest), got"
-                f" {numbers!r}; whole shapes go to input_shapes"
-            )
-        ranges[name] = tuple(numbers)
-    return ranges
-
-
-def _inputs(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
-    """Dimensions of each input that is no initializer."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return {
-        value.name: [
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
-            for d in value.type.tensor_type.shape.dim
-        ]
-        for value in model.graph.input
-        if value.name not in constants
-    }

@@ -60,6 +60,8 @@ extern "C" {
 
 const char* moe_infer_last_error(void) { return moe_infer::last_error_text; }
 
+void moe_infer_clear_last_error(void) { moe_infer::set_last_error(""); }
+
 int moe_infer_check(const moe_infer_attribute* attributes, int32_t count, const moe_infer_inputs* inputs) {
   return guarded([&] {
     auto const config = moe_infer::LayerConfig::from_attributes(attributes, count);

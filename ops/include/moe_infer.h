@@ -86,6 +86,8 @@ typedef struct moe_infer_layer moe_infer_layer;
 
 /* The sentence that explains the calling thread's last error; "" if there was none. */
 MOE_INFER_EXPORT const char* moe_infer_last_error(void);
+/* Before something that calls this library by way of others: what it says afterwards is of that. */
+MOE_INFER_EXPORT void moe_infer_clear_last_error(void);
 
 /* Package version, and the TensorRT version of the headers ("" when built without). */
 MOE_INFER_EXPORT const char* moe_infer_version(void);
