@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import prefetch_study  # noqa: E402
 from moe_bench import cases, report  # noqa: E402
 from moe_bench.streaming import report as streaming_report  # noqa: E402
 from policies import tables  # noqa: E402
@@ -204,6 +205,12 @@ def policy_study(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return lambda: make(json.loads(path.read_text()))
 
 
+def guesses() -> str:
+    """How well experts can be guessed a layer ahead."""
+    path = ROOT / "benchmarks/results/prefetch_study.json"
+    return prefetch_study.table(json.loads(path.read_text())["pairs"])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
@@ -221,6 +228,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "circles": policy_study(tables.circles),
     "informed": policy_study(tables.informed),
     "shared": policy_study(tables.shared),
+    "guesses": guesses,
 }
 
 
