@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 import moe_infer
-from evaluate_graph import run_runtime
+from evaluate_graph import cannot_run, run_runtime
 from moe_infer.graph.report import RewriteReport
 
 TOLERANCE = 1e-4
@@ -24,8 +24,10 @@ def run_lowered(path: Path, inputs: dict[str, Any]) -> list[Any]:
 
 
 def check_same(original: Path, rewritten: Path, feeds: Iterable[dict[str, Any]]) -> None:
-    """Every output of both graphs for each of the inputs."""
+    """Every output of both graphs for each of the inputs that the original can be given."""
     for inputs in feeds:
+        if cannot_run(inputs):
+            continue
         before, after = run_runtime(original, inputs), run_lowered(rewritten, inputs)
         assert len(before) == len(after) > 0
         for a, b in zip(before, after, strict=True):

@@ -50,6 +50,11 @@ def run_runtime(path: Path, inputs: dict[str, Any]) -> list[Any]:
     return outputs
 
 
+def cannot_run(inputs: dict[str, Any]) -> bool:
+    """The original would get an empty input, which this ONNX Runtime does not survive."""
+    return no_rows_crash() and any(np.size(value) == 0 for value in inputs.values())
+
+
 def no_rows_crash() -> bool:
     """Before 1.32 ONNX Runtime's TopK ends the process (SIGFPE) when it is given no row."""
     import onnxruntime
@@ -60,8 +65,8 @@ def no_rows_crash() -> bool:
 
 def assert_same_outputs(original: Path, rewritten: Path, inputs: dict[str, Any]) -> None:
     """Every output of both models, to 1e-4."""
-    if no_rows_crash() and any(np.size(value) == 0 for value in inputs.values()):
-        return  # the original cannot be run
+    if cannot_run(inputs):
+        return
     expected, actual = run_runtime(original, inputs), run_reference(rewritten, inputs)
     assert len(expected) == len(actual) > 0
     for a, b in zip(expected, actual, strict=True):
