@@ -39,6 +39,13 @@ class ShapeValues:
         found = self._value(name, 0)
         return None if found is None else [None if v is None else int(v) for v in found.ravel()]
 
+    def array(self, name: str) -> NDArray[np.int64] | None:
+        """The tensor, where all of its entries are known."""
+        found = self._value(name, 0)
+        if found is None or any(v is None for v in found.ravel()):
+            return None
+        return found.astype(np.int64)
+
     def _value(self, name: str, depth: int) -> Entries | None:
         if name not in self._known:
             self._known[name] = None  # a graph with a cycle is answered too
