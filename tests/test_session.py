@@ -29,6 +29,7 @@ from moe_infer import reference
 from moe_infer.op import SUBLAYERS
 from moe_infer.runtime import plugin, prepare, profiles, providers
 from moe_infer.runtime.expert_use import count_expert_use
+from moe_infer.runtime.once import Once
 from moe_infer.runtime.options import get_entry
 from moe_infer.runtime.profiles import make_profiles, parse_range
 from moe_infer.weights import open_expert_weights, open_weight_file
@@ -71,7 +72,7 @@ def expected_output(folder: Path, attributes: dict[str, Any]) -> np.ndarray[Any,
 
 @pytest.fixture(autouse=True)
 def not_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_said", False)
+    monkeypatch.setattr(providers, "_said", Once())
 
 
 @pytest.mark.parametrize("form", FORMATS)

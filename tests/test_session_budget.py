@@ -14,6 +14,7 @@ import moe_infer
 from moe_infer.graph.lower_nodes import read_layers
 from moe_infer.graph.replace import digest_name
 from moe_infer.runtime import providers, session_budget
+from moe_infer.runtime.once import Once
 from test_budget import CPU, D_MODEL, SLOT, save_model, slots_of
 from test_session import Recorder
 
@@ -22,8 +23,8 @@ VARIABLE = "MOE_INFER_GPU_BUDGET"
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_said", False)
-    monkeypatch.setattr(session_budget, "_said", False)
+    monkeypatch.setattr(providers, "_said", Once())
+    monkeypatch.setattr(session_budget, "_said", Once())
     monkeypatch.delenv(VARIABLE, raising=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,12 @@ import onnxruntime as ort
 from moe_infer.errors import PluginError
 from moe_infer.graph.lower_fused import CPU_PROVIDER, CUDA_PROVIDER
 from moe_infer.runtime import plugin
+from moe_infer.runtime.once import Once
 
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 _logger = logging.getLogger("moe_infer")
-_said = False
-_said_lock = threading.Lock()
+_said = Once()
 
 Providers = Sequence[str | tuple[str, dict[Any, Any]]]
 
@@ -98,11 +97,8 @@ def _available() -> str:
 
 def say_lowered_once(choice: Choice) -> None:
     """Warns that a model runs without TensorRT, the first time in a process."""
-    global _said
-    with _said_lock:
-        if _said:
-            return
-        _said = True
+    if not _said.first():
+        return
     _logger.warning(
         "MoELayer nodes are lowered to operators of %s, without TensorRT: %s",
         choice.moe_provider,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 
 import onnx
@@ -13,11 +12,11 @@ from moe_infer.byte_size import ByteSize, parse_bytes
 from moe_infer.graph.lower_nodes import LayerNode
 from moe_infer.graph.update import update_layers, with_slots
 from moe_infer.inspect import describe
+from moe_infer.runtime.once import Once
 from moe_infer.runtime.providers import Choice
 
 _logger = logging.getLogger("moe_infer")
-_said = False
-_said_lock = threading.Lock()
+_said = Once()
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,8 @@ def apply_budget(
 
 def say_budget_once(budget: GivenBudget, choice: Choice) -> None:
     """Warns that a budget has no effect, the first time in a process."""
-    global _said
-    with _said_lock:
-        if _said:
-            return
-        _said = True
+    if not _said.first():
+        return
     _logger.warning(
         "%s has no effect: the layers are lowered to operators of %s, which have no slots",
         budget.what,
