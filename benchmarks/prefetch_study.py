@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import record_traces
 from onnx import helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 import moe_infer  # noqa: E402
 from examples.tiny_moe import corpus  # noqa: E402
-from examples.tiny_moe.tokenizer import Tokenizer  # noqa: E402
 from moe_infer.graph.lower_nodes import LayerNode, load_model, read_layers  # noqa: E402
 
-MODELS = ("t5_top1", "gated_top2")
-CONTEXT = 256
 Array = np.ndarray[Any, Any]
 
 
@@ -65,16 +63,13 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args()
-    text = corpus.split(corpus.read(options.corpus))[1]
-    ids = Tokenizer.load().encode(text)
-    starts = np.linspace(0, len(ids) - CONTEXT, options.sequences).astype(int)
-    tokens = [np.array([ids[start : start + CONTEXT]]) for start in starts]
+    tokens = record_traces.sequences(options.corpus, options.sequences)
     rows = []
-    for name in MODELS:
-        sequences = run(ROOT / f"examples/tiny_moe/{name}.onnx", tokens)
-        rows += [{"model": name, **row} for row in study(sequences)]
+    for name in record_traces.MODELS:
+        layers = run(ROOT / f"examples/tiny_moe/{name}.onnx", tokens)
+        rows += [{"model": name, **row} for row in study(layers)]
     print(table(rows))
-    record = {"sequences": options.sequences, "context": CONTEXT, "pairs": rows}
+    record = {"sequences": options.sequences, "context": record_traces.CONTEXT, "pairs": rows}
     (options.out / "prefetch_study.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

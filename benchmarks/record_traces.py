@@ -30,6 +30,14 @@ MODELS = ("t5_top1", "gated_top2")
 CONTEXT = 256
 
 
+def sequences(path: Path, count: int) -> list[np.ndarray]:
+    """Tokens (1, CONTEXT) from ``count`` places of the corpus's validation part."""
+    text = corpus.split(corpus.read(path))[1]
+    ids = Tokenizer.load().encode(text)
+    starts = np.linspace(0, len(ids) - CONTEXT, count).astype(int)
+    return [np.array([ids[start : start + CONTEXT]]) for start in starts]
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,18 +45,16 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/traces")
     options = parser.parse_args()
-    text = corpus.split(corpus.read(options.corpus))[1]
-    ids = Tokenizer.load().encode(text)
-    starts = np.linspace(0, len(ids) - CONTEXT, options.sequences).astype(int)
+    tokens = sequences(options.corpus, options.sequences)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             moe_infer.rewrite(ROOT / f"examples/tiny_moe/{name}.onnx", folder)
             trace = record(
                 Path(folder) / "model.onnx",
-                [{"tokens": np.array([ids[start : start + CONTEXT]])} for start in starts],
+                [{"tokens": given} for given in tokens],
                 f"examples/tiny_moe/{name} on its validation text (King James Bible,"
-                f" {len(starts)} places)",
+                f" {len(tokens)} places)",
             )
         path = options.out / f"{name}.npz"
         trace.save(path)

@@ -43,17 +43,14 @@ class Policy:
         """The expert came in, in the place of another or of nobody."""
 
 
-class Steady(Policy):
-    """A decayed count; who is there has an advantage that grows with the calls since it came."""
+class DecayedCount(Policy):
+    """Remembers of each expert its uses, each of which counts half after ``half_life`` calls."""
 
-    def __init__(
-        self, slots: int, half_life: float = 128, calls: int = 32, advantage: float = 0.25
-    ) -> None:
+    def __init__(self, slots: int, half_life: float) -> None:
         super().__init__(slots)
-        self.half_life, self.calls, self.advantage = half_life, calls, advantage
+        self.half_life = half_life
         self.count: dict[int, float] = {}
         self.last: dict[int, int] = {}
-        self.since: dict[int, int] = {}
 
     def _now(self, expert: int) -> float:
         age = self.clock - self.last.get(expert, self.clock)
@@ -62,6 +59,17 @@ class Steady(Policy):
     def used(self, expert: int, resident: bool) -> None:
         self.count[expert] = self._now(expert) + 1
         self.last[expert] = self.clock
+
+
+class Steady(DecayedCount):
+    """A decayed count; who is there has an advantage that grows with the calls since it came."""
+
+    def __init__(
+        self, slots: int, half_life: float = 128, calls: int = 32, advantage: float = 0.25
+    ) -> None:
+        super().__init__(slots, half_life)
+        self.calls, self.advantage = calls, advantage
+        self.since: dict[int, int] = {}
 
     def victim(self, expert: int, allowed: Set[int]) -> int:
         def worth(e: int) -> tuple[float, int]:
@@ -74,26 +82,16 @@ class Steady(Policy):
         self.since[expert] = self.clock
 
 
-class CountAndRecency(Policy):
+class CountAndRecency(DecayedCount):
     """A decayed count, and for a short time after each use a share of a constant use."""
 
     def __init__(
         self, slots: int, half_life: float = 512, share: float = 0.1, short: float = 2
     ) -> None:
-        super().__init__(slots)
-        self.half_life, self.short = half_life, short
+        super().__init__(slots, half_life)
+        self.short = short
         # What an expert that is used in every call would have.
         self.share = share / (1 - 0.5 ** (1 / half_life))
-        self.count: dict[int, float] = {}
-        self.last: dict[int, int] = {}
-
-    def _now(self, expert: int) -> float:
-        age = self.clock - self.last.get(expert, self.clock)
-        return self.count.get(expert, 0.0) * 0.5 ** (age / self.half_life)
-
-    def used(self, expert: int, resident: bool) -> None:
-        self.count[expert] = self._now(expert) + 1
-        self.last[expert] = self.clock
 
     def victim(self, expert: int, allowed: Set[int]) -> int:
         def worth(e: int) -> tuple[float, int]:

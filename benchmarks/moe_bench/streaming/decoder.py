@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from moe_bench.inputs import InputSet
 from moe_bench.streaming import predicted, traces
 from moe_bench.streaming.chain import Bound, Chain, open_bound
 from moe_bench.streaming.context import Context, Points
+from moe_bench.streaming.files import weight_files
 from moe_bench.streaming.shapes import (
     DECODER,
     DECODER_BUDGETS,
@@ -22,11 +22,10 @@ from moe_bench.streaming.shapes import (
     DECODER_TOKENS,
     LOCALITY,
     expert_bytes,
-    file_bytes,
     slots_of,
 )
 from moe_bench.streaming.steps import against_floor, time_steps, times
-from moe_bench.weights import TORCH_DTYPES, Experts, folder_with_room, make_experts
+from moe_bench.weights import TORCH_DTYPES, Experts
 
 DTYPE = "bfloat16"
 STEPS = {1: (64, 64), 8: (8, 12), 64: (2, 4), 4096: (1, 3)}
@@ -54,13 +53,8 @@ class Steps:
 def points(context: Context) -> Points:
     """All points, the one with a target first."""
     case = DECODER
-    place = folder_with_room(context.folder, DECODER_FILES * file_bytes(case, DTYPE))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        files = [Path(folder) / f"{i}.safetensors" for i in range(DECODER_FILES)]
-        experts = [
-            make_experts(case, DTYPE, path, seed=i, device=context.device)
-            for i, path in enumerate(files)
-        ]
+    with weight_files(context.folder, case, DTYPE, DECODER_FILES, context.device) as experts:
+        files = [own.path for own in experts]
         with (
             Chain(case, DTYPE, files, DECODER_FILES, case.top_k),  # keeps the files pinned
             Chain(case, DTYPE, files, DECODER_LAYERS, case.experts) as all_,

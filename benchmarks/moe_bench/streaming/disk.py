@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,16 +20,16 @@ from moe_bench.streaming.chain import (
     open_bound,
 )
 from moe_bench.streaming.context import Context, Points
+from moe_bench.streaming.files import weight_files
 from moe_bench.streaming.shapes import (
     DECODER,
     DISK_LAYERS,
     DISK_PINNED,
     DISK_SLOTS,
     expert_bytes,
-    file_bytes,
 )
 from moe_bench.streaming.steps import against_floor, time_steps, times
-from moe_bench.weights import TORCH_DTYPES, folder_with_room, make_experts
+from moe_bench.weights import TORCH_DTYPES
 
 DTYPE = "bfloat16"
 STATES = ("page cache", "disk")
@@ -80,11 +79,9 @@ class Files:
 def points(context: Context) -> Points:
     """One token a step, other experts in each: from the page cache, and from the disk."""
     case = DECODER
-    place = folder_with_room(context.disk, DISK_LAYERS * file_bytes(case, DTYPE))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        files = Files([Path(folder) / f"{i}.safetensors" for i in range(DISK_LAYERS)])
-        for i, path in enumerate(files.paths):
-            make_experts(case, DTYPE, path, seed=i, device=context.device)
+    with weight_files(context.disk, case, DTYPE, DISK_LAYERS, context.device) as experts:
+        files = Files([own.path for own in experts])
+        del experts  # GPU memory
         generator = torch.Generator(context.device).manual_seed(1)
         x = torch.randn((1, case.d_model), device=context.device, generator=generator)
         x = x.to(TORCH_DTYPES[DTYPE])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from moe_bench.routing import choose, make_sets
 from moe_bench.streaming import traces
 from moe_bench.streaming.chain import Bound, Chain, open_bound
 from moe_bench.streaming.context import Context, Points
+from moe_bench.streaming.files import weight_files
 from moe_bench.streaming.shapes import (
     EXAMPLE,
     EXAMPLE_SKEWED_TOKENS,
@@ -22,10 +22,9 @@ from moe_bench.streaming.shapes import (
     EXAMPLE_TOKENS,
     LOCALITY,
     expert_bytes,
-    file_bytes,
 )
 from moe_bench.streaming.steps import against_floor, time_steps, times
-from moe_bench.weights import TORCH_DTYPES, Experts, folder_with_room, make_experts
+from moe_bench.weights import TORCH_DTYPES, Experts
 
 COLD_SAMPLES = 5
 WARM_RUNS = 16
@@ -58,10 +57,8 @@ class Calls:
 def points(context: Context, dtype: str, name: str) -> Points:
     """All points in one type; ``name`` is the part's."""
     case = EXAMPLE
-    place = folder_with_room(context.folder, file_bytes(case, dtype))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        path = Path(folder) / "experts.safetensors"
-        experts = make_experts(case, dtype, path, device=context.device)
+    with weight_files(context.folder, case, dtype, 1, context.device) as (experts,):
+        path = experts.path
         with (
             Chain(case, dtype, [path], 1, case.top_k),  # holds the file in pinned memory
             Chain(case, dtype, [path], 1, case.experts) as all_,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,15 @@ from moe_bench.peers.peer import UnavailableError
 from moe_bench.streaming import traces
 from moe_bench.streaming.chain import Bound, Chain, open_bound
 from moe_bench.streaming.context import Context, Points
+from moe_bench.streaming.files import weight_files
 from moe_bench.streaming.shapes import (
     MIXTRAL,
     MIXTRAL_LAYERS,
     MIXTRAL_SLOTS,
     expert_bytes,
-    file_bytes,
 )
 from moe_bench.streaming.steps import against_floor, time_steps, times
-from moe_bench.weights import TORCH_DTYPES, Experts, folder_with_room, make_experts
+from moe_bench.weights import TORCH_DTYPES, Experts
 
 DTYPE = "bfloat16"
 STATES = ("cold", "warm")
@@ -52,13 +51,8 @@ class Tokens:
 def points(context: Context) -> Points:
     """Ours cold and warm, then the peers."""
     case = MIXTRAL
-    place = folder_with_room(context.folder, MIXTRAL_LAYERS * file_bytes(case, DTYPE))
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        files = [Path(folder) / f"{i}.safetensors" for i in range(MIXTRAL_LAYERS)]
-        experts = [
-            make_experts(case, DTYPE, path, seed=i, device=context.device)
-            for i, path in enumerate(files)
-        ]
+    with weight_files(context.folder, case, DTYPE, MIXTRAL_LAYERS, context.device) as experts:
+        files = [own.path for own in experts]
         tokens = make_tokens(context.device)
         fields = {
             "part": "C",
