@@ -50,44 +50,36 @@ struct RingPlace {
 };
 using QueuePlace = RingPlace<kQueueDepth>;
 
-// Waits for the next unit.
+// One thread takes the next unit: waits for it, and says that its place may be filled again.
 template <int kCluster>
-__device__ inline Unit read_unit(UnitQueue* queue, QueuePlace const& place) {
+__device__ inline Unit take_unit_alone(UnitQueue* queue, QueuePlace* place) {
   if constexpr (kCluster == 1) {
-    barrier_wait(&queue->full[place.index], place.phase);
+    barrier_wait(&queue->full[place->index], place->phase);
   } else {
-    barrier_wait_cluster(&queue->full[place.index], place.phase);
+    barrier_wait_cluster(&queue->full[place->index], place->phase);
   }
-  return queue->units[place.index];
-}
-
-// Says that a place may be filled again.
-template <int kCluster>
-__device__ inline void empty_place(UnitQueue* queue, QueuePlace* place) {
+  Unit const unit = queue->units[place->index];
   if constexpr (kCluster == 1) {
     barrier_arrive(&queue->empty[place->index]);
   } else {
     barrier_arrive_at(&queue->empty[place->index], 0);
   }
+  place->next();
+  return unit;
 }
 
-// A warp takes the next unit.
+// A warp does: its first thread, which tells the others. Thus the thread that read is the thread that arrives at the
+// barrier, which orders its read before the next write without the help of a __syncwarp.
 template <int kCluster>
 __device__ inline Unit take_unit(UnitQueue* queue, QueuePlace* place) {
-  Unit const unit = read_unit<kCluster>(queue, *place);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) empty_place<kCluster>(queue, place);
-  place->next();
-  return unit;
-}
-
-// A single thread does.
-template <int kCluster>
-__device__ inline Unit take_unit_alone(UnitQueue* queue, QueuePlace* place) {
-  Unit const unit = read_unit<kCluster>(queue, *place);
-  empty_place<kCluster>(queue, place);
-  place->next();
-  return unit;
+  Unit unit{};
+  if (threadIdx.x % 32 == 0) {
+    unit = take_unit_alone<kCluster>(queue, place);
+  } else {
+    place->next();
+  }
+  return {__shfl_sync(0xffffffffU, unit.row, 0), __shfl_sync(0xffffffffU, unit.rows, 0),
+          __shfl_sync(0xffffffffU, unit.block, 0), __shfl_sync(0xffffffffU, unit.slot, 0)};
 }
 
 // Within an expert: up to kTilesTogether tiles of rows, all channels of them with the tile changing fastest, then the
