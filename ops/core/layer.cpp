@@ -17,9 +17,9 @@ namespace moe_infer {
 namespace {
 
 constexpr size_t kTensorAlignment = 16;
-// With more tokens in a run the host fetches where it may: the copy engine is faster than a kernel that reads host
-// memory, and the time in which the host waits for the counts no longer matters.
-constexpr int64_t kMostTokensFromDevice = 64;
+// With more tokens in a run the host enqueues the copies where it may: the copy engine is faster than a kernel that
+// reads host memory, and the time in which the host waits for the plan no longer matters.
+constexpr int64_t kMostTokensForKernels = 64;
 
 RouterParams params_of(LayerConfig const& config, float const* router_bias) {
   RouterParams params;
@@ -120,28 +120,28 @@ void MoELayer::make_cache() {
   counts_read_ = std::make_unique<Event>();
   streamed_ = std::make_unique<Event>();
   fetch_mode_ = fetch_mode_from_environment();
-  if (fetch_mode_ == FetchMode::kHost) {
-    why_not_device_ = "MOE_INFER_FETCH=host";
-    return;
-  }
   why_not_device_ = DeviceFetch::why_not(*cache_);
   if (why_not_device_.empty()) {
-    device_fetch_ = std::make_unique<DeviceFetch>(*cache_);
+    device_fetch_ = std::make_unique<DeviceFetch>(*cache_, fetch_mode_);
   } else if (fetch_mode_ == FetchMode::kDevice) {
     throw invalid("MoELayer: the device cannot fetch (MOE_INFER_FETCH=device): " + why_not_device_);
   }
+  if (fetch_mode_ == FetchMode::kHost) why_not_device_ = "MOE_INFER_FETCH=host";
 }
 
 MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
   auto const& config = plan_.config();
   int64_t const most_needed = std::min<int64_t>(tokens * config.top_k, config.expert_count);
   bool const fits = most_needed <= config.max_concurrency;
-  if (device_fetch_ != nullptr && fits &&
-      (captures || fetch_mode_ == FetchMode::kDevice || tokens <= kMostTokensFromDevice)) {
-    return Experts::kFromDevice;
+  if (device_fetch_ != nullptr && fits) {
+    auto copier = device_fetch_->faster_copier();
+    if (fetch_mode_ == FetchMode::kAuto && tokens > kMostTokensForKernels) copier = Copier::kHost;
+    if (fetch_mode_ == FetchMode::kAuto && captures) copier = Copier::kKernels;
+    if (copier == Copier::kKernels) return Experts::kPlannedAndCopied;
+    if (!captures) return Experts::kPlanned;
   }
   if (captures) {
-    std::string const why = device_fetch_ == nullptr
+    std::string const why = !why_not_device_.empty()
                                 ? why_not_device_
                                 : std::to_string(tokens) + " tokens may need " + std::to_string(most_needed) +
                                       " experts, and there are " + std::to_string(config.max_concurrency) +
@@ -207,20 +207,22 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   int64_t const rows = tokens * config.top_k;
+  bool const planned = experts == Experts::kPlannedAndCopied || experts == Experts::kPlanned;
   bool const overlap = experts != Experts::kFromHost && is_hopper();
+  auto const copier = experts == Experts::kPlanned ? Copier::kHost : Copier::kKernels;
   auto const groups = all_groups(experts, workspace);
   bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
-  bool const plans = as_token && experts == Experts::kFromDevice;
-  select(hidden_states, router_logits, tokens, workspace, plans, stream);
+  auto const token_copier = as_token && planned ? std::optional<Copier>(copier) : std::nullopt;
+  select(hidden_states, router_logits, tokens, workspace, token_copier, stream);
   if (as_token) {
-    run_token(hidden_states, output, workspace, groups, plans, overlap, stream);
+    run_token(hidden_states, output, workspace, groups, token_copier, overlap, stream);
     return;
   }
   group(hidden_states, tokens, workspace, overlap, stream);
   if (experts == Experts::kFromHost) {
     run_from_host(rows, workspace, stream);
   } else {
-    if (experts == Experts::kFromDevice) device_fetch_->enqueue(workspace.routing.counts, overlap, stream);
+    if (planned) device_fetch_->enqueue(copier, workspace.routing.counts, overlap, stream);
     plan_.sub_layer().run(call(rows, workspace, groups, overlap, stream));
   }
   combine(workspace.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
@@ -243,7 +245,7 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
 }
 
 void MoELayer::select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-                      bool plans, cudaStream_t stream) const {
+                      std::optional<Copier> copier, cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   auto const& routing = workspace.routing;
@@ -253,8 +255,8 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, int6
   }
   void const* const scores = inputs.has_logits ? router_logits : routing.scores;
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
-  if (plans) {
-    device_fetch_->select_and_plan(router_params_, scores, scores_dtype, routing, stream);
+  if (copier) {
+    device_fetch_->select_and_plan(*copier, router_params_, scores, scores_dtype, routing, stream);
   } else {
     select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
   }
@@ -280,9 +282,9 @@ ExpertGroups MoELayer::all_groups(Experts experts, Workspace const& workspace) c
     groups.slots = cache_->slots();
     groups.slot_bytes = cache_->slot_bytes();
   }
-  if (experts == Experts::kFromDevice) {
+  if (experts == Experts::kPlannedAndCopied || experts == Experts::kPlanned) {
     groups.slot_of_group = device_fetch_->slot_of_expert();
-    groups.there = device_fetch_->there();
+    groups.arrivals = device_fetch_->arrivals();
   }
   return groups;
 }
@@ -292,7 +294,8 @@ bool MoELayer::runs_single_token(int64_t tokens) const {
 }
 
 void MoELayer::run_token(void const* hidden_states, void* output, Workspace const& workspace,
-                         ExpertGroups const& groups, bool fetches, bool overlap, cudaStream_t stream) const {
+                         ExpertGroups const& groups, std::optional<Copier> copier, bool overlap,
+                         cudaStream_t stream) const {
   auto const& config = plan_.config();
   TokenChoices token;
   token.hidden_states = hidden_states;
@@ -301,7 +304,10 @@ void MoELayer::run_token(void const* hidden_states, void* output, Workspace cons
   token.top_k = config.top_k;
   token.keep = config.router == Router::kBaseLayer;
   token.output = output;
-  if (fetches) token.copy = device_fetch_->copy();
+  if (copier) {
+    token.slot_of_choice = device_fetch_->slot_of_choice();
+    token.copy = device_fetch_->copy(*copier);
+  }
   plan_.sub_layer().run_token(groups, token, workspace.sub_layer, overlap, stream);
 }
 
@@ -369,7 +375,7 @@ LayerStatistics MoELayer::statistics() const {
   statistics.streams = plan_.streams();
   statistics.counters.runs = runs_;
   statistics.counters.tokens = tokens_;
-  statistics.counters.stall_ns = -1;  // the host enqueues the waits and does not see how long they are
+  statistics.counters.stall_ns = -1;  // when the host fetches it enqueues waits and does not see how long they are
   if (cache_ != nullptr) {
     cache_->add_statistics(&statistics);
     if (device_fetch_ != nullptr) device_fetch_->add_statistics(&statistics);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "core/device_memory.h"
@@ -62,10 +63,10 @@ class MoELayer {
   // The same function slices the workspace in run.
   size_t workspace_bytes(int64_t tokens) const;
 
-  // Resident, or the device fetches: enqueues only, so it can be captured in a CUDA graph. When the host fetches it
-  // reads the counts back once, hence refuses to be captured. The device must be the one on which the layer was made.
-  // Several threads may run it, each on its own workspace and stream; while it streams they take turns. Replays of a
-  // graph that streams are ordered by the caller, with each other and with other runs of the layer.
+  // Resident, or kernels fetch: enqueues only, so it can be captured in a CUDA graph. When the host copies it waits
+  // once for the choice of the experts, hence refuses to be captured. The device must be the one on which the layer was
+  // made. Several threads may run it, each on its own workspace and stream; while it streams they take turns. Replays
+  // of a graph that streams are ordered by the caller, with each other and with other runs of the layer.
   void run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
            size_t workspace_bytes, cudaStream_t stream);
 
@@ -78,21 +79,26 @@ class MoELayer {
 
  private:
   // Who brings the experts of a run.
-  enum class Experts { kResident, kFromDevice, kFromHost };
+  enum class Experts {
+    kResident,
+    kPlannedAndCopied,  // kernels plan and copy (DeviceFetch)
+    kPlanned,           // a kernel plans, the host enqueues the copies (DeviceFetch)
+    kFromHost,          // the host plans and runs one expert after the other (ExpertCache)
+  };
 
   void make_cache();
   Experts who_brings(int64_t tokens, bool captures) const;
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace) const;
   void run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
                    Workspace const& workspace, cudaStream_t stream);
-  // `plans`: for a single token whose experts the device fetches, also which slots they take.
+  // `copier`: for a single token whose fetch the device plans, which happens then too.
   void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-              bool plans, cudaStream_t stream) const;
+              std::optional<Copier> copier, cudaStream_t stream) const;
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
              cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
   void run_token(void const* hidden_states, void* output, Workspace const& workspace, ExpertGroups const& groups,
-                 bool fetches, bool overlap, cudaStream_t stream) const;
+                 std::optional<Copier> copier, bool overlap, cudaStream_t stream) const;
   void run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
                      Workspace const& workspace, cudaStream_t stream);
   void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);
@@ -110,8 +116,8 @@ class MoELayer {
   PinnedMemory counts_;
   std::unique_ptr<Event> counts_read_, streamed_;  // streamed_: the last run that used the slots
   FetchMode fetch_mode_ = FetchMode::kAuto;
-  std::unique_ptr<DeviceFetch> device_fetch_;  // null: only the host fetches
-  std::string why_not_device_;
+  std::unique_ptr<DeviceFetch> device_fetch_;  // null: the host fetches, one expert after the other
+  std::string why_not_device_;                 // why no CUDA graph can capture the layer
   std::atomic<int64_t> runs_{0}, tokens_{0};
   LiveLayer live_;  // last: who is listed is whole
 };

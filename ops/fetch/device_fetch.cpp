@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/cuda_check.h"
+#include "fetch/copy_rates.h"
 
 namespace moe_infer {
 namespace {
@@ -15,6 +16,9 @@ constexpr uint64_t kAlignment = 16;
 constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
 // Enough for the bus's full speed: 256 KiB in flight. Half as much reaches half of it, twice as much no more.
 constexpr unsigned kBlocks = 8;
+
+// What the host's part of a call costs: it waits for the plan, and enqueues. Measured, see docs/fetching.md.
+constexpr double kHostSeconds = 15e-6;
 
 unsigned blocks_from_environment() {
   // For benchmarks/streaming.py, which measures what kBlocks should be.
@@ -90,52 +94,100 @@ std::string DeviceFetch::why_not(ExpertCache const& cache) {
   return "";
 }
 
-DeviceFetch::DeviceFetch(ExpertCache const& cache)
+DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode)
     : policy_(cache.policy()),
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
       device_(current_device()) {
-  std::vector<void const*> tensors;
-  for (int32_t expert = 0; expert < experts_; ++expert) {
-    for (auto const& piece : cache.store().pieces(expert)) {
-      void* address = nullptr;
-      MOE_CUDA_CHECK(cudaHostGetDevicePointer(&address, const_cast<void*>(piece.data), 0));
-      tensors.push_back(address);
-    }
-  }
-  auto const chunks = chunks_of(cache.store().pieces(0), cache.layout());
-  for (auto const& chunk : chunks) expert_bytes_ += chunk.bytes;
-  sources_ = upload(tensors);
-  chunks_ = upload(chunks);
-  auto& source = copy_.source;
-  source.tensors = sources_.as<uint8_t const*>();
-  source.tensor_count = static_cast<int32_t>(cache.layout().offsets.size());
-  source.chunks = chunks_.as<FetchChunk>();
-  source.chunk_count = static_cast<int32_t>(chunks.size());
-  source.slots = const_cast<uint8_t*>(cache.slots());
-  source.slot_bytes = cache.slot_bytes();
-
-  copy_.blocks = blocks_from_environment();
-  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
+  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &tables_, &shared_bytes_);
   memory_ = allocate_device(bytes, "the tables of an expert cache", "free some GPU memory");
-  FetchTables::layout(experts_, slots_, memory_.bytes(), &copy_.tables, &shared_bytes_);
+  FetchTables::layout(experts_, slots_, memory_.bytes(), &tables_, &shared_bytes_);
   MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));
+  host_copy_ = std::make_unique<HostCopy>(list_sources(cache), slots_);
+  by_kernels_.tables = tables_;
+  by_kernels_.blocks = blocks_from_environment();
+  by_host_.source = by_kernels_.source;
+  by_host_.tables = tables_;
+  by_host_.tables.orders = host_copy_->orders();
+  bool const by_kernels = mode == FetchMode::kDevice || (mode == FetchMode::kAuto && !host_copies_faster());
+  faster_copier_ = by_kernels ? Copier::kKernels : Copier::kHost;
+  MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));  // what measuring left
   staging_ = allocate_pinned(shared_bytes_);
   cudaStream_t const stream = nullptr;
   return_tables(cache, stream);
   MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-void DeviceFetch::enqueue(int32_t const* counts, bool overlap, cudaStream_t stream) const {
-  NeededExperts needed;
-  needed.counts = counts;
-  plan_fetch(policy_, experts_, slots_, needed, copy_.tables, overlap, stream);
-  copy_experts(copy_, overlap, stream);
+// Fills by_kernels_.source in.
+CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
+  auto const& tensors = cache.store().tensors();
+  auto const& layout = cache.layout();
+  auto const& first = cache.store().pieces(0);
+  CopySource found;
+  std::vector<size_t> order;  // of the parts: late ones last
+  for (bool const late : {false, true}) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].late != late) continue;
+      order.push_back(i);
+      found.parts.push_back({layout.offsets[i], first[i].bytes(), late});
+    }
+  }
+  std::vector<void*> on_device;
+  for (int32_t expert = 0; expert < experts_; ++expert) {
+    auto const& pieces = cache.store().pieces(expert);
+    for (size_t const i : order) found.addresses.push_back(pieces[i].data);
+    for (auto const& piece : pieces) {
+      void* address = nullptr;
+      MOE_CUDA_CHECK(cudaHostGetDevicePointer(&address, const_cast<void*>(piece.data), 0));
+      on_device.push_back(address);
+    }
+  }
+  found.slots = const_cast<uint8_t*>(cache.slots());
+  found.slot_bytes = cache.slot_bytes();
+  found.there = tables_.arrivals.there;
+
+  auto const chunks = chunks_of(first, layout);
+  sources_ = upload(on_device);
+  chunks_ = upload(chunks);
+  by_kernels_.chunk_bytes = kChunkBytes;
+  auto& source = by_kernels_.source;
+  source.tensors = sources_.as<uint8_t const*>();
+  source.tensor_count = static_cast<int32_t>(tensors.size());
+  source.chunks = chunks_.as<FetchChunk>();
+  source.chunk_count = static_cast<int32_t>(chunks.size());
+  source.slots = found.slots;
+  source.slot_bytes = found.slot_bytes;
+  return found;
 }
 
-void DeviceFetch::select_and_plan(RouterParams const& params, void const* scores, DataType scores_dtype,
+bool DeviceFetch::host_copies_faster() const {
+  auto const& source = host_copy_->source();
+  auto const rates = copy_rates(by_kernels_, source, experts_, slots_);
+  double const saved = static_cast<double>(source.expert_bytes()) * (rates.kernel - rates.engine);
+  return rates.engine > 0 && saved > kHostSeconds;
+}
+
+void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const {
+  plan_fetch(policy_, experts_, slots_, counts, copy(copier).tables, overlap, stream);
+  if (copier == Copier::kHost) copy_from_host(stream);
+  copy_experts(copy(copier), overlap, stream);
+}
+
+void DeviceFetch::select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
                                   Routing const& routing, cudaStream_t stream) const {
-  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, copy_.tables, stream);
+  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, copy(copier).tables, stream);
+  if (copier == Copier::kHost) copy_from_host(stream);
+}
+
+void DeviceFetch::copy_from_host(cudaStream_t stream) const {
+  try {
+    host_copy_->copy(stream);
+  } catch (...) {
+    // Not all that the tables say is there has come: nothing is.
+    cudaMemsetAsync(tables_.slot_of_expert, -1, sizeof(int32_t) * static_cast<size_t>(experts_), stream);
+    cudaMemsetAsync(tables_.expert_of_slot, -1, sizeof(int32_t) * static_cast<size_t>(slots_), stream);
+    throw;
+  }
 }
 
 void DeviceFetch::begin_take(cudaStream_t stream) {
@@ -152,8 +204,8 @@ void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
   std::memcpy(to.expert_of_slot, from.expert_of_slot, sizeof(int32_t) * static_cast<size_t>(slots_));
   std::memcpy(staging_.bytes(), &from.clock, sizeof(from.clock));
   MOE_CUDA_CHECK(cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
-  // Whatever is in a slot by then is there: any value but 0 says so.
-  MOE_CUDA_CHECK(cudaMemsetAsync(copy_.tables.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
+  // Whatever is in a slot by then is there: so many ones are more than kAllThere.
+  MOE_CUDA_CHECK(cudaMemsetAsync(tables_.arrivals.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
 }
 
 void DeviceFetch::hand_over(ExpertCache* cache) noexcept {
@@ -188,15 +240,21 @@ void DeviceFetch::add_statistics(LayerStatistics* statistics) const {
   FetchCounters counters;
   std::vector<int64_t> uses(static_cast<size_t>(experts_));
   MOE_CUDA_CHECK(cudaDeviceSynchronize());  // the caller's streams are not known here
-  MOE_CUDA_CHECK(cudaMemcpy(&counters, copy_.tables.counters, sizeof(counters), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), copy_.tables.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), copy_.tables.slot_of_expert,
-                            sizeof(int32_t) * uses.size(), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&counters, tables_.counters, sizeof(counters), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), tables_.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), tables_.slot_of_expert, sizeof(int32_t) * uses.size(),
+                            cudaMemcpyDeviceToHost));
   for (size_t i = 0; i < uses.size(); ++i) statistics->uses[i] += uses[i];
+  uint64_t last_wait = 0;
+  uint64_t planned = 0;
+  MOE_CUDA_CHECK(cudaMemcpy(&last_wait, tables_.arrivals.last_wait, sizeof(last_wait), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&planned, tables_.planned, sizeof(planned), cudaMemcpyDeviceToHost));
+  auto const last_stall = last_wait > planned ? static_cast<int64_t>(last_wait - planned) : 0;
+  statistics->counters.stall_ns = counters.stall_ns + last_stall;
   statistics->counters.hits += counters.hits;
   statistics->counters.misses += counters.misses;
   statistics->counters.evictions += counters.evictions;
-  statistics->counters.bytes_fetched += counters.misses * static_cast<int64_t>(expert_bytes_);
+  statistics->counters.bytes_fetched += counters.misses * static_cast<int64_t>(host_copy_->source().expert_bytes());
 }
 
 }  // namespace moe_infer

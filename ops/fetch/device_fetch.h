@@ -1,6 +1,7 @@
-// Experts that the device fetches by itself, without the host: routing stays on the device, one kernel decides which
-// slots they take, another copies them out of page-locked host memory, and the kernels that compute run those that are
-// there while others are on their way. So a layer that streams can be captured in a CUDA graph.
+// Experts that the device fetches by itself, without waiting for the host: routing stays on the device, a kernel
+// decides which slots they take, kernels or the copy engine (copy_thread.h) copy them out of page-locked host memory,
+// and the kernels that compute run those that are there while others are on their way. So a layer that streams can be
+// captured in a CUDA graph.
 //
 // For layers whose experts lie in page-locked memory as the slots hold them, and calls that need no more experts than
 // there are slots. Other calls go through ExpertCache (expert_cache.h), on the same tables: they lie on the device, and
@@ -17,37 +18,48 @@
 #include "core/expert_cache.h"
 #include "core/statistics.h"
 #include "fetch/fetch_kernels.h"
+#include "fetch/host_copy.h"
 #include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 
 // Environment variable MOE_INFER_FETCH.
 enum class FetchMode {
-  kAuto,    // the device where it is faster or the only way
-  kHost,    // never the device
-  kDevice,  // the device for every call that it can serve; a layer that it cannot serve is refused
+  kAuto,    // kernels copy in CUDA graphs and where that is as fast, otherwise the host
+  kHost,    // never kernels
+  kDevice,  // kernels, for every call that they can serve; a layer that they cannot serve is refused
 };
 // Throws Error(MOE_INFER_INVALID).
 FetchMode fetch_mode_from_environment();
+
+// Who copies what a kernel planned.
+enum class Copier {
+  kKernels,  // nobody waits for the host, so a CUDA graph can capture it
+  kHost,     // the copy engine does, and the host enqueues it: host_copy.h
+};
 
 class DeviceFetch {
  public:
   // Why the device cannot fetch this cache's experts, as a part of a sentence; "": it can.
   static std::string why_not(ExpertCache const& cache);
 
-  explicit DeviceFetch(ExpertCache const& cache);
+  DeviceFetch(ExpertCache const& cache, FetchMode mode);
 
   // A call needs at most as many experts as there are slots. Enqueues the fetch of what it needs, by the rows of each
   // expert (experts). `overlap`: the kernel before and the next are of this library; the next one must follow
-  // ExpertGroups::there.
-  void enqueue(int32_t const* counts, bool overlap, cudaStream_t stream) const;
-  // For a single token: chooses its experts as select_experts does, and plans; the copy is then the caller's part.
-  void select_and_plan(RouterParams const& params, void const* scores, DataType scores_dtype, Routing const& routing,
-                       cudaStream_t stream) const;
-  ExpertCopy const& copy() const { return copy_; }
+  // ExpertGroups::arrivals.
+  void enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const;
+  // For a single token: chooses its experts as select_experts does, and plans. Copies are then the part of who runs the
+  // experts, as copy() says.
+  void select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
+                       Routing const& routing, cudaStream_t stream) const;
+  ExpertCopy const& copy(Copier copier) const { return copier == Copier::kHost ? by_host_ : by_kernels_; }
+  // Outside of CUDA graphs.
+  Copier faster_copier() const { return faster_copier_; }
   // Where enqueue finds and puts experts.
-  int32_t const* slot_of_expert() const { return copy_.tables.slot_of_expert; }
-  uint32_t const* there() const { return copy_.tables.there; }
+  int32_t const* slot_of_expert() const { return tables_.slot_of_expert; }
+  int32_t const* slot_of_choice() const { return tables_.slot_of_choice; }
+  Arrivals const& arrivals() const { return tables_.arrivals; }
 
   // For a call that the host drives. begin_take copies the tables as `stream` has them; when the stream is there,
   // end_take hands them to the cache; return_tables brings them back, in the order of `stream`. One call at a time.
@@ -63,15 +75,20 @@ class DeviceFetch {
 
  private:
   CacheTables on_host() const;  // the copy in page-locked memory
+  void copy_from_host(cudaStream_t stream) const;
+  CopySource list_sources(ExpertCache const& cache);
+  bool host_copies_faster() const;
 
   PolicySettings policy_;
   int32_t experts_, slots_;
   int device_;
-  uint64_t expert_bytes_ = 0;  // that a fetch copies
   DeviceMemory memory_, sources_, chunks_;
   PinnedMemory staging_;
   size_t shared_bytes_ = 0;
-  ExpertCopy copy_;
+  FetchTables tables_;
+  std::unique_ptr<HostCopy> host_copy_;
+  ExpertCopy by_kernels_, by_host_;
+  Copier faster_copier_ = Copier::kHost;
 };
 
 }  // namespace moe_infer

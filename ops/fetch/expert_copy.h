@@ -28,7 +28,8 @@ struct FetchSource {
 struct ExpertCopy {
   FetchSource source;
   FetchTables tables;
-  uint32_t blocks = 0;  // that share out the chunks; 0: nothing is copied
+  uint64_t chunk_bytes = 0;  // of every chunk but the last of each tensor
+  uint32_t blocks = 0;       // that share out the chunks; 0: kernels copy nothing
 };
 
 }  // namespace moe_infer

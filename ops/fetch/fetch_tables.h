@@ -19,7 +19,31 @@ struct FetchCounters {
   int64_t hits = 0;
   int64_t misses = 0;
   int64_t evictions = 0;
+  int64_t stall_ns = 0;  // of calls before the last one
 };
+
+// Values of a slot's flag; larger ones say the same as kAllThere.
+constexpr uint32_t kNotThere = 0;
+constexpr uint32_t kFirstThere = 1;  // all but the tensors that are needed late (ExpertTensor::late)
+constexpr uint32_t kAllThere = 2;
+
+// Device arrays: which experts have come while kernels run (arrivals.cuh).
+struct Arrivals {
+  uint32_t* there = nullptr;      // (slots); null: nothing is on its way
+  uint64_t* last_wait = nullptr;  // (1) when somebody waited last in this call, in the device's nanoseconds; 0: nobody
+};
+
+// What a call orders from the host (host_copy.h), in page-locked memory. The number is written last, and differs from
+// that of the orders before.
+struct CopyOrders {
+  uint32_t* number = nullptr;  // (1); null: kernels copy, and nothing is ordered
+  int32_t* count = nullptr;    // (1)
+  FetchItem* items = nullptr;  // (slots)
+};
+
+// In place of a slot's number while its expert is on its way.
+MOE_HOST_DEVICE inline int32_t pending(int32_t slot) { return ~slot; }
+constexpr int32_t kMostPlannedChoices = 64;
 
 // Device arrays.
 struct FetchTables {
@@ -29,12 +53,15 @@ struct FetchTables {
   int32_t* slot_of_expert = nullptr;   // (experts)
   int32_t* expert_of_slot = nullptr;   // (slots)
   // The call.
-  int32_t* item_count = nullptr;      // (1)
-  FetchItem* items = nullptr;         // (slots)
-  uint32_t* chunks_done = nullptr;    // (slots): of item i
-  uint32_t* there = nullptr;          // (slots): 0 while the slot's expert is on its way
+  int32_t* item_count = nullptr;    // (1)
+  FetchItem* items = nullptr;       // (slots)
+  uint32_t* chunks_done = nullptr;  // (slots): of item i
+  Arrivals arrivals;
+  uint64_t* planned = nullptr;        // (1) when the last call that misses something was planned; as last_wait
+  int32_t* slot_of_choice = nullptr;  // (kMostPlannedChoices) of a single token; pending(slot) while on its way
   FetchCounters* counters = nullptr;  // (1)
   int64_t* uses = nullptr;            // (experts): calls that needed it
+  CopyOrders orders;                  // elsewhere
 
   // The one place that sizes and slices this memory. `shared_bytes`: of the cache's tables.
   static size_t layout(int32_t experts, int32_t slots, uint8_t* base, FetchTables* tables, size_t* shared_bytes) {
@@ -50,7 +77,10 @@ struct FetchTables {
     t.item_count = slices.take<int32_t>(1);
     t.items = slices.take<FetchItem>(s);
     t.chunks_done = slices.take<uint32_t>(s);
-    t.there = slices.take<uint32_t>(s);
+    t.arrivals.there = slices.take<uint32_t>(s);
+    t.arrivals.last_wait = slices.take<uint64_t>(1);
+    t.planned = slices.take<uint64_t>(1);
+    t.slot_of_choice = slices.take<int32_t>(static_cast<size_t>(kMostPlannedChoices));
     t.counters = slices.take<FetchCounters>(1);
     t.uses = slices.take<int64_t>(e);
     *tables = t;

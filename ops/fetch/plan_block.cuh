@@ -3,105 +3,171 @@
 #pragma once
 
 #include "core/layer_config.h"
+#include "fetch/arrivals.cuh"
 #include "fetch/fetch_kernels.h"
 
 namespace moe_infer {
 
 struct PlanShared {
-  uint64_t keys[kMaxExperts];    // of the slots
-  int16_t missing[kMaxExperts];  // experts, in ascending order
+  uint64_t keys[kMaxExperts];           // of the slots
+  int32_t slot_of_expert[kMaxExperts];  // of needed experts; pending while on its way
+  int16_t missing[kMaxExperts];         // experts, in ascending order
   uint8_t is_needed[kMaxExperts];
-  uint8_t is_missing[kMaxExperts];
-  int32_t missing_count, needed_count, evicted_count;
+  int32_t evicted_count;
 };
 
 // Smallest first: an empty slot, then the least worth keeping of those that the call does not need. Retention is far
 // below 2^62 (policy.h).
 __device__ inline uint64_t plan_key(uint64_t group, uint64_t worth) { return group << 62U | worth; }
 
-// All threads of the block; `needed` is there.
+// One call:  BlockPlan<kThreads> plan(...);  then the block fills shared->is_needed in;  __syncthreads();
+// plan.decide().
 template <int kThreads>
-__device__ void plan_in_block(PolicySettings const& settings, int32_t experts, int32_t slots,
-                              NeededExperts const& needed, FetchTables const& tables, PlanShared* shared) {
-  constexpr int kLanes = 32;
-  constexpr unsigned kAll = 0xffffffffU;
-  auto const thread = static_cast<int32_t>(threadIdx.x);
-  uint64_t const clock = *tables.clock + 1;
-  for (int32_t e = thread; e < experts; e += kThreads) {
-    shared->is_needed[e] = needed.counts != nullptr && needed.counts[e] > 0 ? 1 : 0;
-    shared->is_missing[e] = 0;
-  }
-  if (thread == 0) {
-    shared->needed_count = 0;
-    shared->evicted_count = 0;
-  }
-  __syncthreads();
-  if (needed.counts == nullptr) {
-    for (int32_t i = thread; i < needed.choice_count; i += kThreads) shared->is_needed[needed.choices[i]] = 1;
-    __syncthreads();
-  }
-  for (int32_t e = thread; e < experts; e += kThreads) {
-    if (shared->is_needed[e] == 0) continue;
-    bool const is_missing = tables.slot_of_expert[e] < 0;
-    ExpertHistory history = tables.histories[e];
-    record_use(settings, &history, clock);
-    if (is_missing) history.fetched = static_cast<uint32_t>(clock);
-    tables.histories[e] = history;
-    ++tables.uses[e];
-    shared->is_missing[e] = is_missing ? 1 : 0;
-    atomicAdd(&shared->needed_count, 1);
-  }
-  __syncthreads();
-  if (thread < kLanes) {
-    int32_t before = 0;
-    for (int32_t first = 0; first < experts; first += kLanes) {
-      int32_t const e = first + thread;
-      bool const is_missing = e < experts && shared->is_missing[e] != 0;
-      unsigned const all = __ballot_sync(kAll, is_missing);
-      if (is_missing) shared->missing[before + __popc(all & ((1U << thread) - 1U))] = static_cast<int16_t>(e);
-      before += __popc(all);
+class BlockPlan {
+ public:
+  // Asks for what each thread will need of the tables while the block still finds out what is needed.
+  __device__ BlockPlan(PolicySettings const& settings, int32_t experts, int32_t slots, FetchTables const& tables,
+                       PlanShared* shared)
+      : settings_(settings),
+        tables_(tables),
+        shared_(shared),
+        experts_(experts),
+        slots_(slots),
+        thread_(static_cast<int32_t>(threadIdx.x)),
+        clock_(*tables.clock + 1) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      int32_t const e = i * kThreads + thread_;
+      own_slots_[i] = e < experts ? tables.slot_of_expert[e] : 0;
+      if (e < experts) own_histories_[i] = tables.histories[e];
     }
-    if (thread == 0) shared->missing_count = before;
+    if (thread_ == 0) {
+      shared->evicted_count = 0;
+      counters_ = *tables.counters;
+      last_wait_ = *tables.arrivals.last_wait;
+      planned_ = *tables.planned;
+    }
   }
-  __syncthreads();
-  int32_t const misses = shared->missing_count;
-  if (misses > 0) {
-    for (int32_t s = thread; s < slots; s += kThreads) {
-      int32_t const expert = tables.expert_of_slot[s];
-      bool const is_kept = expert >= 0 && shared->is_needed[expert] != 0;
-      shared->keys[s] =
-          expert < 0 ? 0 : plan_key(is_kept ? 2 : 1, retention(settings, tables.histories[expert], clock));
+
+  // All threads of the block. Afterwards shared->slot_of_expert is right for needed experts.
+  __device__ void decide() {
+    int32_t needed = 0;
+    int32_t misses = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (i * kThreads >= experts_) break;
+      int32_t const e = i * kThreads + thread_;
+      bool const is_needed = e < experts_ && shared_->is_needed[e] != 0;
+      bool const is_missing = is_needed && own_slots_[i] < 0;
+      if (is_needed) {
+        ExpertHistory history = own_histories_[i];
+        record_use(settings_, &history, clock_);
+        if (is_missing) history.fetched = static_cast<uint32_t>(clock_);
+        tables_.histories[e] = history;
+        atomicAdd(reinterpret_cast<unsigned long long*>(&tables_.uses[e]), 1ULL);  // waits for nothing
+        shared_->slot_of_expert[e] = own_slots_[i];
+      }
+      needed += __syncthreads_count(is_needed);
+      misses += __syncthreads_count(is_missing);
+    }
+    if (misses > 0) place(misses);
+    if (thread_ == 0) {
+      order(misses);
+      finish(needed, misses);
+    }
+  }
+
+ private:
+  static constexpr int kLanes = 32;
+  static constexpr int kOwn = (kMaxExperts + kThreads - 1) / kThreads;  // experts of a thread
+
+  // Chooses slots for what is missing, and says what has to be copied.
+  __device__ void place(int32_t misses) {
+    list_missing();
+    for (int32_t s = thread_; s < slots_; s += kThreads) {
+      int32_t const expert = tables_.expert_of_slot[s];
+      bool const is_kept = expert >= 0 && shared_->is_needed[expert] != 0;
+      shared_->keys[s] =
+          expert < 0 ? 0 : plan_key(is_kept ? 2 : 1, retention(settings_, tables_.histories[expert], clock_));
     }
     __syncthreads();
-    for (int32_t s = thread; s < slots; s += kThreads) {
-      uint64_t const key = shared->keys[s];
+    for (int32_t s = thread_; s < slots_; s += kThreads) {
+      uint64_t const key = shared_->keys[s];
       int32_t rank = 0;
-      for (int32_t other = 0; other < slots; ++other) {
-        uint64_t const its = shared->keys[other];
+      for (int32_t other = 0; other < slots_; ++other) {
+        uint64_t const its = shared_->keys[other];
         rank += its < key || (its == key && other < s) ? 1 : 0;
       }
-      if (rank >= misses) continue;
-      int32_t const expert = shared->missing[rank];
-      int32_t const evicted = tables.expert_of_slot[s];
-      if (evicted >= 0) {
-        tables.slot_of_expert[evicted] = -1;
-        atomicAdd(&shared->evicted_count, 1);
-      }
-      tables.expert_of_slot[s] = expert;
-      tables.slot_of_expert[expert] = s;
-      tables.there[s] = 0;
-      tables.items[rank] = {expert, s};
-      tables.chunks_done[rank] = 0;
+      if (rank < misses) fill(s, rank);
     }
     __syncthreads();
   }
-  if (thread == 0) {
-    *tables.clock = clock;
-    *tables.item_count = misses;
-    tables.counters->hits += shared->needed_count - misses;
-    tables.counters->misses += misses;
-    tables.counters->evictions += shared->evicted_count;
+
+  __device__ void list_missing() {
+    constexpr unsigned kAll = 0xffffffffU;
+    if (thread_ >= kLanes) return;
+    int32_t before = 0;
+    for (int32_t first = 0; first < experts_; first += kLanes) {
+      int32_t const e = first + thread_;
+      bool const is_missing = e < experts_ && shared_->is_needed[e] != 0 && shared_->slot_of_expert[e] < 0;
+      unsigned const all = __ballot_sync(kAll, is_missing);
+      if (is_missing) shared_->missing[before + __popc(all & ((1U << thread_) - 1U))] = static_cast<int16_t>(e);
+      before += __popc(all);
+    }
   }
-}
+
+  // Slot s is for the rank-th of the missing experts.
+  __device__ void fill(int32_t s, int32_t rank) {
+    int32_t const expert = shared_->missing[rank];
+    int32_t const evicted = tables_.expert_of_slot[s];
+    if (evicted >= 0) {
+      tables_.slot_of_expert[evicted] = -1;
+      atomicAdd(&shared_->evicted_count, 1);
+    }
+    tables_.expert_of_slot[s] = expert;
+    tables_.slot_of_expert[expert] = s;
+    shared_->slot_of_expert[expert] = pending(s);
+    tables_.arrivals.there[s] = kNotThere;
+    tables_.items[rank] = {expert, s};
+    tables_.chunks_done[rank] = 0;
+    if (tables_.orders.number != nullptr) {
+      tables_.orders.items[rank] = {expert, s};
+      __threadfence_system();  // before the number, and the flag goes down before it goes up
+    }
+  }
+
+  __device__ void order(int32_t misses) {
+    if (tables_.orders.number == nullptr) return;
+    *tables_.orders.count = misses;
+    __threadfence_system();
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(tables_.orders.number), "r"(static_cast<uint32_t>(clock_))
+                 : "memory");
+  }
+
+  __device__ void finish(int32_t needed, int32_t misses) {
+    *tables_.clock = clock_;
+    *tables_.item_count = misses;
+    counters_.hits += needed - misses;
+    counters_.misses += misses;
+    counters_.evictions += shared_->evicted_count;
+    if (last_wait_ != 0) {
+      counters_.stall_ns += static_cast<int64_t>(last_wait_ - planned_);
+      *tables_.arrivals.last_wait = 0;
+    }
+    *tables_.counters = counters_;
+    if (misses > 0) *tables_.planned = nanoseconds();
+  }
+
+  PolicySettings const& settings_;
+  FetchTables const& tables_;
+  PlanShared* shared_;
+  int32_t experts_, slots_, thread_;
+  uint64_t clock_;
+  ExpertHistory own_histories_[kOwn];
+  int32_t own_slots_[kOwn];
+  // Of thread 0.
+  FetchCounters counters_;
+  uint64_t last_wait_ = 0, planned_ = 0;
+};
 
 }  // namespace moe_infer

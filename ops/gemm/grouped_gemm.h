@@ -38,7 +38,7 @@ struct GroupedGemm {
   Activation activation;
   int32_t* counters = nullptr;  // two, zero before and after (device); nullptr: without the kernels that need them
   bool overlap = false;         // start while the previous kernel still runs (core/launch.h)
-  bool after_fetch = false;     // the previous kernel copies the experts: see ExpertGroups::there
+  bool after_fetch = false;     // the previous kernel copies the experts: see ExpertGroups::arrivals
   void* workspace = nullptr;    // grouped_gemm_workspace(groups.count) bytes, 256-byte aligned. Calls on one stream may
                                 // share it; each call writes it before it reads it
   cudaStream_t stream = nullptr;

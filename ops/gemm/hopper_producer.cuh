@@ -53,8 +53,8 @@ class Producer {
 
   // Experts may be on their way; the copy engine must see what another multiprocessor has stored.
   __device__ void wait_for_weights(Unit const& unit) {
-    if (product_->groups.there == nullptr || unit.rows == 0) return;
-    wait_for_expert(product_->groups.there, unit.slot);
+    if (product_->groups.arrivals.there == nullptr || unit.rows == 0) return;
+    wait_for_expert(product_->groups.arrivals, unit.slot, kAllThere);
     asm volatile("fence.proxy.async.global;" ::: "memory");
   }
 

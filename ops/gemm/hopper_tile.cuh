@@ -33,7 +33,7 @@ struct Product {
   bool has_bias = false;
   Activation activation;
   int32_t* counters = nullptr;
-  bool after_fetch = false;  // the kernel before copies experts (ExpertGroups::there): do not wait for it
+  bool after_fetch = false;  // the kernel before copies experts (ExpertGroups::arrivals): do not wait for it
 };
 
 // kTokens rows of the input at most, in copies of kBoxRows.

@@ -65,7 +65,7 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   gemm.expert_count = call.expert_count;
   gemm.counters = call.counters;
   gemm.overlap = call.overlap;
-  gemm.after_fetch = call.groups.there != nullptr && input == call.input;  // else another kernel comes first
+  gemm.after_fetch = call.groups.arrivals.there != nullptr && input == call.input;  // else another kernel comes first
   gemm.stream = call.stream;
   gemm.workspace = workspace + inner_bytes(call.rows);
 

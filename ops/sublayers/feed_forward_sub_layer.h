@@ -33,7 +33,7 @@ class FeedForwardSubLayer : public MoESubLayer {
     } else {
       found.push_back({"up", {"up_weight"}, columns, shape_.d_model});
     }
-    found.push_back({"down", {"down_weight"}, shape_.d_model, shape_.hidden_size});
+    found.push_back({"down", {"down_weight"}, shape_.d_model, shape_.hidden_size, false, true});
     if (!shape_.bias) return found;
     if (gated) {
       found.push_back({"gate_up_bias", {"gate_bias", "up_bias"}, columns, 1, true});

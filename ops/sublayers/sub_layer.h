@@ -33,6 +33,7 @@ struct ExpertTensor {
   int64_t rows = 0;  // packed
   int64_t columns = 0;
   bool vector = false;  // one-dimensional in the file: (rows * columns); with two parts the columns are 1
+  bool late = false;    // MoESubLayer::run_token reads it only after all others: it may come last
 };
 
 // Where tensor i lies in a slot: 256-byte aligned, in the order of tensors(). The one place that knows this.
@@ -53,10 +54,10 @@ struct ExpertGroups {
   int32_t const* slot_of_group = nullptr;
   uint8_t const* slots = nullptr;
   uint64_t slot_bytes = 0;
-  // (slots) Not null: experts are on their way while the call's kernels start; who reads a slot waits until there[slot]
-  // is not 0 (fetch/arrivals.cuh). The first kernel of MoESubLayer::run then does not wait for the one before it, which
-  // is still copying: what precedes that one is done. Kernels that do not know of it must not overlap.
-  uint32_t const* there = nullptr;
+  // With a flag for each slot: experts are on their way while the call's kernels start; who reads a slot waits for it
+  // (fetch/arrivals.cuh). The first kernel of MoESubLayer::run then does not wait for the one before it, which may
+  // still copy: what precedes that one is done. Kernels that do not know of it must not overlap.
+  Arrivals arrivals;
 };
 
 constexpr int32_t kCountersOfCall = 4;
@@ -84,8 +85,9 @@ struct TokenChoices {
   int32_t top_k = 0;
   bool keep = false;       // base_layer: output = weight * expert(x) + (1 - weight) * x
   void* output = nullptr;  // (d_model)
-  // What the kernels have to copy themselves (ExpertGroups::there says what has come).
-  ExpertCopy copy;
+  // Not null: experts are on their way, and the slot of each choice, pending(slot) if so (ExpertGroups::arrivals).
+  int32_t const* slot_of_choice = nullptr;
+  ExpertCopy copy;  // what the kernels have to copy themselves, if it has blocks
 };
 
 class MoESubLayer {

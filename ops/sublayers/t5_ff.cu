@@ -23,7 +23,7 @@ class T5FeedForward final : public MoESubLayer {
   std::vector<ExpertTensor> tensors() const override {
     return {{"layer_norm", {"layer_norm_weight"}, 1, shape_.d_model, true},
             {"gate_up", {"wi_0_weight", "wi_1_weight"}, 2 * shape_.hidden_size, shape_.d_model},
-            {"down", {"wo_weight"}, shape_.d_model, shape_.hidden_size}};
+            {"down", {"wo_weight"}, shape_.d_model, shape_.hidden_size, false, true}};
   }
 
   // The normalised rows, then what the feed-forward needs.

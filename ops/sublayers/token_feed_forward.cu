@@ -33,27 +33,33 @@ struct Parameters {
   int32_t const* expert_of_choice;
   float const* weight_of_choice;
   int32_t top_k;
-  bool keep;  // base_layer: adds (1 - weight) * token
+  bool keep;                      // base_layer: adds (1 - weight) * token
+  int32_t const* slot_of_choice;  // TokenChoices
   void const* token;
   void* inner;
   void* output;
-  ExpertCopy copy;  // by blocks of the first kernel that come before all others
+  ExpertCopy copy;  // if it has blocks: those of the first kernel that come before all others
 };
 
 // Which expert a block works for.
 struct Expert {
   uint8_t const* slot;
-  int64_t row;  // of inner, token and output
+  int64_t row;      // of inner, token and output
+  int32_t awaited;  // number of the slot while the expert is on its way, else -1
 };
 
-// kFetches, here and below: experts are not all resident, and the first kernel brings those that are missing.
+// kFetches, here and below: experts are not all resident, and some may be on their way.
 template <bool kFetches>
 __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert) {
   int32_t slot;
+  expert->awaited = -1;
   if (p.expert_of_choice != nullptr) {
-    slot = p.expert_of_choice[choice];
-    // When all are resident, each lies in the slot of its number.
-    if constexpr (kFetches) slot = p.groups.slot_of_group[slot];
+    if constexpr (kFetches) {
+      slot = p.slot_of_choice[choice];
+      if (slot < 0) slot = expert->awaited = pending(slot);  // its own inverse
+    } else {
+      slot = p.expert_of_choice[choice];  // all are resident, each in the slot of its number
+    }
     expert->row = choice;
   } else {
     expert->row = p.groups.row_begin[0];
@@ -64,11 +70,20 @@ __device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert)
   return true;
 }
 
-// The block waits until the choice's expert is there.
-__device__ void wait_for_expert_of(Parameters const& p, int32_t choice, Expert* expert) {
-  if (threadIdx.x == 0) wait_for_expert(p.groups.there, p.groups.slot_of_group[p.expert_of_choice[choice]]);
+// The block waits until what the first kernel reads of the expert is there.
+__device__ void wait_in_block(Parameters const& p, Expert* expert) {
+  if (expert->awaited < 0) return;
+  if (threadIdx.x == 0) wait_for_expert(p.groups.arrivals, expert->awaited, kFirstThere);
   __syncthreads();
   // load_once may not be moved before this.
+  asm volatile("" : "+l"(expert->slot)::"memory");
+}
+
+// The warp waits until all of the expert is there.
+__device__ void wait_in_warp(Parameters const& p, Expert* expert) {
+  if (expert->awaited < 0) return;
+  if (threadIdx.x % kLanes == 0) wait_for_expert(p.groups.arrivals, expert->awaited, kAllThere);
+  __syncwarp();
   asm volatile("" : "+l"(expert->slot)::"memory");
 }
 
@@ -198,8 +213,8 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
   }
 }
 
-// inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows. With something to copy the
-// blocks (x, 0) copy and the choices follow.
+// inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows. If they also copy, that is
+// what the blocks (x, 0) do, and the choices follow.
 template <class T, bool kFetches>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
@@ -208,16 +223,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
   start_next_kernel();
   auto choice = static_cast<int32_t>(blockIdx.y);
   if constexpr (kFetches) {
-    // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
-    if (choice == 0) {
-      if (blockIdx.x < p.copy.blocks) copy_in_block<kThreads>(p.copy, blockIdx.x);
-      return;
+    if (p.copy.blocks > 0) {
+      // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
+      if (choice == 0) {
+        if (blockIdx.x < p.copy.blocks) copy_in_block<kThreads>(p.copy, blockIdx.x);
+        return;
+      }
+      --choice;
     }
-    --choice;
   }
   Expert expert;
   if (!find_expert<kFetches>(p, choice, &expert)) return;
-  if constexpr (kFetches) wait_for_expert_of(p, choice, &expert);
+  if constexpr (kFetches) wait_in_block(p, &expert);
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   auto const* token = static_cast<T const*>(p.token);
@@ -284,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     int64_t const channel = first_channel + static_cast<int64_t>(item / parts / choices) * kRows;
     if (channel >= d_model) break;
     if (!one) find_expert<kFetches>(p, choice, &expert);
-    auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
+    auto const* weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     int32_t const first = part * pieces_of_part;
     int32_t const end = min(pieces, first + pieces_of_part);
     if (!waited) {
@@ -292,6 +309,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
                     static_cast<int64_t>(end - first) * kPackSize<T>);
       wait_for_previous_kernel();
       waited = true;
+    }
+    if constexpr (kFetches) {
+      wait_in_warp(p, &expert);
+      weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     }
     float sums[kRows] = {};
     multiply(weights, hidden, static_cast<T const*>(p.inner) + expert.row * hidden, first, end, sums);
@@ -347,7 +368,7 @@ void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
     int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
     first.blocks = divide_up(weight_rows, kWarps * kRows);
     first.blocks = std::max(first.blocks, p.copy.blocks);
-    first.blocks_y = static_cast<unsigned>(choices) + (kFetches ? 1U : 0U);
+    first.blocks_y = static_cast<unsigned>(choices) + (p.copy.blocks > 0 ? 1U : 0U);
     first.threads = kThreads;
     first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
     first.overlap = overlap;
@@ -379,14 +400,22 @@ size_t TokenFeedForward::inner_bytes(int64_t experts) const {
 
 void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token, void* inner, bool overlap,
                            cudaStream_t stream) const {
-  Parameters const p{*this,        groups,     token.expert_of_choice, token.weight_of_choice,
-                     token.top_k,  token.keep, token.hidden_states,    inner,
-                     token.output, token.copy};
-  token.copy.blocks > 0 ? run_kernels<true>(p, overlap, stream) : run_kernels<false>(p, overlap, stream);
+  Parameters const p{*this,
+                     groups,
+                     token.expert_of_choice,
+                     token.weight_of_choice,
+                     token.top_k,
+                     token.keep,
+                     token.slot_of_choice,
+                     token.hidden_states,
+                     inner,
+                     token.output,
+                     token.copy};
+  token.slot_of_choice != nullptr ? run_kernels<true>(p, overlap, stream) : run_kernels<false>(p, overlap, stream);
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, call.input, inner, call.output, {}};
+  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, nullptr, call.input, inner, call.output, {}};
   run_kernels<false>(p, false, call.stream);
 }
 

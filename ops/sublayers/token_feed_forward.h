@@ -19,7 +19,7 @@ namespace moe_infer {
 
 // Offsets are in a slot.
 struct TokenFeedForward {
-  static constexpr int32_t kMostChoices = 64;  // of a token
+  static constexpr int32_t kMostChoices = kMostPlannedChoices;  // of a token
   SubLayerShape shape;
   Activation activation;
   uint64_t first_offset = 0;  // gate_up (2 * hidden_size, d_model), gate and up rows alternating; or up

@@ -51,7 +51,7 @@ def random_choices(seed: int, tokens: int) -> list[tuple[int, ...]]:
     return [tuple(rng.choice(EXPERTS, 2, replace=False, p=likely)) for _ in range(tokens)]
 
 
-@pytest.fixture(params=["device", "auto"])
+@pytest.fixture(params=["device", "host", "auto"])
 def fetch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MOE_INFER_FETCH", request.param)
     yield request.param
@@ -150,9 +150,12 @@ def test_a_cuda_graph_of_a_layer_that_streams(
         assert layer.stats().misses >= EXPERTS - 6
 
 
-def test_larger_experts_arrive_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["device", "host"])
+def test_larger_experts_arrive_whole(
+    folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many chunks, with a rest of less than 16 bytes, and products that begin while others come."""
-    monkeypatch.setenv("MOE_INFER_FETCH", "device")
+    monkeypatch.setenv("MOE_INFER_FETCH", mode)
     made = make_attributes(
         folder, "Gated_SiLU", "softmax_topk", 12, 512, 1024, 2, "bfloat16", expert_bias=1
     )
@@ -162,6 +165,9 @@ def test_larger_experts_arrive_whole(folder: Path, monkeypatch: pytest.MonkeyPat
     with make_layer({**made, "max_concurrency": 8}, 512, "bfloat16") as layer:
         for i, (x, right) in enumerate(zip(inputs, expected, strict=True)):
             assert same_bits(run(layer, x), right), i
+        stats = layer.stats()
+    assert stats.misses > 20
+    assert stats.stall_ns > 0
 
 
 def test_one_layer_from_two_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ SIZES = (1, 3, 1, 2, 40)
 """Tokens of a run: up to 3 the device can serve, more experts than slots only the host."""
 
 
-@pytest.mark.parametrize("mode", ["host", "auto"])
+@pytest.mark.parametrize("mode", ["host", "device", "auto"])
 def test_ten_thousand_runs(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_INFER_FETCH", mode)
     size = (EXPERTS, D_MODEL, HIDDEN)

@@ -1,0 +1,59 @@
+// Copies by the copy engine of what a kernel planned: the kernel writes into page-locked memory which experts are
+// missing, the host sees it there without a synchronisation, and enqueues the copies on a stream of their own, each
+// followed by the rise of the slot's flag. The kernels that compute are enqueued after that and wait for the flags. So
+// nothing that a kernel waits for is enqueued after it: streams need not run side by side for this to come to an end.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/device_memory.h"
+#include "fetch/fetch_tables.h"
+
+namespace moe_infer {
+
+// An expert is copied in parts: its tensors.
+struct CopyPart {
+  uint64_t offset_in_slot = 0;
+  uint64_t bytes = 0;
+  bool late = false;  // late ones come after the others
+};
+struct CopySource {
+  std::vector<CopyPart> parts;         // late ones last
+  std::vector<void const*> addresses;  // (experts, parts): page-locked memory
+  uint8_t* slots = nullptr;
+  uint64_t slot_bytes = 0;
+  uint32_t* there = nullptr;  // of each slot
+
+  uint64_t expert_bytes() const;
+};
+
+class HostCopy {
+ public:
+  // Throws Error(MOE_INFER_CUDA).
+  HostCopy(CopySource source, int32_t slots);
+
+  // For the kernel that plans.
+  CopyOrders const& orders() const { return orders_; }
+  CopySource const& source() const { return source_; }
+  // Waits until a kernel that was enqueued on `stream` since the last time has written its orders, and enqueues the
+  // copies. One thread at a time. Throws Error(MOE_INFER_CUDA), also for what went wrong in `stream`.
+  void copy(cudaStream_t stream);
+
+ private:
+  void wait_for_orders(cudaStream_t stream);
+  void copy_expert(FetchItem const& item);
+  void raise(int32_t slot, uint32_t value);
+
+  CopySource source_;
+  PinnedMemory memory_;
+  CopyOrders orders_;
+  uint32_t seen_ = 0;  // number of the last orders
+  std::shared_ptr<Stream> stream_;
+  void* write_value_;  // the driver's cuStreamWriteValue32
+};
+
+}  // namespace moe_infer
