@@ -13,6 +13,7 @@ import onnx
 from moe_infer.budget import LayerSlots, split_budget
 from moe_infer.byte_size import ByteSize
 from moe_infer.graph.candidates import candidates, outside
+from moe_infer.graph.default_attributes import drop_default_attributes
 from moe_infer.graph.edits import add_value_info, remove_unread
 from moe_infer.graph.experts_file import (
     Source,
@@ -125,6 +126,7 @@ def rewrite(
         )
     remove_unread(proto, left)
     fold_known_sizes(proto, types)
+    drop_default_attributes(proto)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
