@@ -64,16 +64,44 @@ def test_command_takes_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[st
     source, out = _save("Mixtral", tmp_path / "in"), tmp_path / "out"
     command = ["export", str(source), str(out), "--insert", "--gpu-budget"]
     assert main([*command, "much"]) == 1
-    assert "--gpu-budget must be a number of bytes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "gpu_budget must be a number of bytes such as 8G or 512M, got 'much'" in said
     assert not out.exists()
     # What is there is whole when the budget does not suffice, and the least that does is told.
     assert main([*command, "1"]) == 1
-    (least,) = re.findall(r"give at least (\d+)", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    (least,) = re.findall(r"give at least (\d+)", said)
+    assert f"{out / 'model.onnx'} is whole, with slots for all experts" in said
     assert all(x.slots == x.experts for x in moe_infer.inspect_model(out / "model.onnx"))
     assert main([*command, least]) == 0
     layers = moe_infer.inspect_model(out / "model.onnx")
     assert [x.slots for x in layers] == [x.top_k for x in layers]
     assert sum(x.slots_bytes for x in layers) == int(least)
+
+
+@pytest.mark.parametrize("insert", [False, True])
+def test_a_budget_in_python(insert: bool, tmp_path: Path) -> None:
+    """That of the function, and that of a graph which replace_moe or the rewriter made before."""
+    source = _save("Mixtral", tmp_path / "in")
+    later = export_pretrained(source, tmp_path / "later", insert=insert).model_path
+    nbytes = sum(layer.slots_bytes for layer in moe_infer.inspect_model(later)) * 3 // 4
+    moe_infer.set_gpu_budget(later, nbytes, later)
+    given = export_pretrained(
+        source, tmp_path / "given", insert=insert, gpu_budget=nbytes, check=True
+    )
+    layers = moe_infer.inspect_model(given.model_path)
+    assert [layer.slots for layer in layers] == [3, 3]  # of 4
+    assert [x.slots for x in moe_infer.inspect_model(later)] == [3, 3]
+    assert later.read_bytes() == given.model_path.read_bytes()
+
+
+def test_a_budget_that_is_none_is_told_before_the_export(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"gpu_budget must be a number of bytes .* got 'much'"):
+        export_pretrained(source, out, gpu_budget="much")
+    with pytest.raises(ValueError, match=r"max_concurrency 2 and gpu_budget '1G' are both given"):
+        export_pretrained(source, out, gpu_budget="1G", max_concurrency=2)
+    assert not out.exists()
 
 
 def test_a_past_changes_nothing(tmp_path: Path) -> None:

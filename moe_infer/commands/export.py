@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import moe_infer
-from moe_infer.byte_size import parse_bytes
 from moe_infer.commands import budget
 
 
@@ -59,10 +57,6 @@ def run(options: argparse.Namespace) -> int:
         ) from error
     from moe_infer.torch.pretrained import export_pretrained
 
-    # Whether it suffices is known at the end; that it is a size must not wait for an export.
-    nbytes = None
-    if options.gpu_budget is not None:
-        nbytes = parse_bytes(options.gpu_budget, budget.OPTION)
     report = export_pretrained(
         options.model_dir,
         options.out_dir,
@@ -70,9 +64,8 @@ def run(options: argparse.Namespace) -> int:
         cached=not options.no_cache,
         dtype=options.dtype,
         max_concurrency=options.max_concurrency,
+        gpu_budget=options.gpu_budget,
         check=options.check,
     )
     print(report)
-    if nbytes is not None:
-        moe_infer.set_gpu_budget(report.model_path, nbytes, report.model_path)
     return 0

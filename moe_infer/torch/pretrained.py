@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_infer.byte_size import ByteSize, parse_bytes
 from moe_infer.graph.progress import status
 from moe_infer.graph.report import RewriteReport
 from moe_infer.graph.rewrite import EXPERTS_NAME, MODEL_NAME, rewrite
+from moe_infer.set_budget import set_gpu_budget
 from moe_infer.torch.decoder import Decoder
 from moe_infer.torch.export_errors import explain_export_error
 from moe_infer.torch.finish import finish
@@ -79,6 +81,7 @@ def export_pretrained(
     cached: bool = True,
     dtype: str | None = None,
     max_concurrency: int | None = None,
+    gpu_budget: ByteSize | None = None,
     opset: int = OPSET,
     check: bool = False,
     progress: bool | None = None,
@@ -100,6 +103,8 @@ def export_pretrained(
             :mod:`moe_infer.torch.decoder`), as text generation needs it.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None: as the weights are stored.
         max_concurrency: most experts of a layer on the GPU at once; None: all of them.
+        gpu_budget: bytes for the experts of all layers on the GPU, or a text such as ``8G``, in the
+            place of ``max_concurrency``; as :func:`moe_infer.set_gpu_budget` on the finished graph.
         opset: of the graph.
         check: run the graph on the CPU and compare its logits with PyTorch's.
         progress: say what is being done; None: if standard error is a terminal.
@@ -107,8 +112,11 @@ def export_pretrained(
     Raises:
         FileNotFoundError: there is no such folder, or no ``config.json`` in it.
         ExportError: the model could not be loaded or exported.
-        ValueError: an argument is not right, nothing matched, or the check failed.
+        ValueError: an argument is not right, nothing matched, or the check failed. Or
+            ``gpu_budget`` does not hold the experts of one token; the graph is there then, with
+            slots for all experts.
     """
+    nbytes = _checked_budget(gpu_budget, max_concurrency)
     source, target = Path(model_dir), Path(out_dir)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
@@ -155,6 +163,8 @@ def export_pretrained(
                     " MoELayer in before the export"
                 )
         _copy_beside(source, target)
+        if nbytes is not None:
+            _set_budget(target / MODEL_NAME, nbytes)
         difference = None
         if expected is not None:
             step("checking")
@@ -184,6 +194,28 @@ def load(folder: Path, dtype: str | None = None) -> Any:
         ).eval()
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ExportError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+
+
+def _checked_budget(gpu_budget: ByteSize | None, max_concurrency: int | None) -> int | None:
+    """In bytes. Whether it suffices is known at the end; what is no size must not wait for that."""
+    if gpu_budget is None:
+        return None
+    if max_concurrency is not None:
+        raise ValueError(
+            f"max_concurrency {max_concurrency} and gpu_budget {gpu_budget!r} are both given; give"
+            " one of them"
+        )
+    return parse_bytes(gpu_budget, "gpu_budget")
+
+
+def _set_budget(path: Path, nbytes: int) -> None:
+    try:
+        set_gpu_budget(path, nbytes, path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; {path} is whole, with slots for all experts, and `moe-infer budget` sets"
+            " others without another export"
+        ) from error
 
 
 def _batched(model: Any) -> None:
