@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moe_infer.byte_size import ByteSize, format_bytes, parse_bytes
+from moe_infer.op import LayerConfig
+from moe_infer.slot_layout import slot_bytes
 
 BUDGET_VARIABLE = "MOE_INFER_GPU_BUDGET"
 
 
 class HasExperts(Protocol):
-    """What the split looks at; :class:`moe_infer.inspect.LayerInfo` has it."""
+    """What the split looks at; :class:`moe_infer.inspect.LayerInfo` has it, too."""
 
     @property
     def name(self) -> str:
@@ -55,6 +57,19 @@ class LayerSlots:
     top_k: int
     slot_bytes: int
     slots: int = 0
+
+    @classmethod
+    def needs(cls, name: str, config: LayerConfig, d_model: int, dtype: str) -> LayerSlots:
+        """What a split has to know of a layer, without slots yet.
+
+        Args:
+            name: the node's.
+            config: its attributes.
+            d_model: last dimension of hidden_states.
+            dtype: of hidden_states.
+        """
+        size = slot_bytes(config, d_model, dtype)
+        return cls(name, config.expert_count, config.top_k, size)
 
     @property
     def nbytes(self) -> int:

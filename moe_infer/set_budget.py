@@ -10,14 +10,13 @@ from pathlib import Path
 
 import onnx
 
-from moe_infer.budget import Budget, split_budget
+from moe_infer.budget import Budget
 from moe_infer.byte_size import ByteSize, parse_bytes
 from moe_infer.graph.external import locate
 from moe_infer.graph.lower_builder import Names
 from moe_infer.graph.lower_data import ExpertData, external_tensors, make_absolute, place_beside
 from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
-from moe_infer.graph.update import update_layers, with_slots
-from moe_infer.inspect import describe
+from moe_infer.graph.update import split_layers, update_layers, with_slots
 from moe_infer.op import LayerConfig
 from moe_infer.weights import resolve_weight_path
 from moe_infer.weights.atomic import AtomicFile
@@ -55,7 +54,7 @@ def set_gpu_budget(
     layers = read_layers(model, folder)
     if not layers:
         raise ValueError(f"'{path}' has no MoELayer; `moe-infer rewrite` makes them")
-    budget = split_budget(nbytes, [describe(layer) for layer in layers])
+    budget = split_layers(nbytes, layers, "gpu_budget")
     target = Path(out)
     _refuse_overwriting(target, model, layers, folder)
     target.parent.mkdir(parents=True, exist_ok=True)

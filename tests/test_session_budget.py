@@ -11,6 +11,8 @@ import onnx
 import pytest
 
 import moe_infer
+from moe_infer import inspect
+from moe_infer.cuda_graph import captured_runs
 from moe_infer.graph.lower_nodes import read_layers
 from moe_infer.graph.replace import digest_name
 from moe_infer.runtime import providers, session_budget
@@ -52,6 +54,29 @@ def test_the_graph_for_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     others = [x.node.output[0] for x in given_graph(recorder, tmp_path)]
     assert others != names and others[0] != names[0]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("budget", [None, 9 * SLOT, 12 * SLOT])
+def test_each_layer_is_described_once_and_as_it_runs(
+    budget: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A description reads the file's headers; that of a session is the one after the split."""
+    path = save_model(tmp_path)
+    described: list[str] = []
+
+    def counted(layer: Any) -> str:
+        described.append(layer.name)
+        return captured_runs(layer)
+
+    Recorder(monkeypatch)
+    monkeypatch.setattr(inspect, "captured_runs", counted)  # a part of every description
+    made = moe_infer.InferenceSession(path, gpu_budget=budget)
+    assert described == ["moe_0", "moe_1"]
+    if budget is None:
+        assert made.moe_layers == moe_infer.inspect_model(path)
+    else:
+        moe_infer.set_gpu_budget(path, budget, tmp_path / "out.onnx")
+        assert made.moe_layers == moe_infer.inspect_model(tmp_path / "out.onnx")
 
 
 def test_the_digest_is_that_of_the_attributes(

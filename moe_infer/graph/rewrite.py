@@ -33,7 +33,6 @@ from moe_infer.graph.report import LayerReport, RewriteReport
 from moe_infer.graph.save import bytes_to_move, save_model
 from moe_infer.graph.shapes import ValueTypes, infer_types
 from moe_infer.op import LayerConfig
-from moe_infer.slot_layout import slot_bytes
 from moe_infer.weights import open_expert_weights, open_weight_file
 
 MODEL_NAME = "model.onnx"
@@ -221,8 +220,7 @@ def _split(budget: ByteSize, layers: list[Layer], types: ValueTypes) -> list[int
     for i, (match, _) in enumerate(layers):
         config = _config(match, i, EXPERTS_NAME, "", None)
         dtype = WEIGHT_DTYPES[types.element_type(match.hidden_states)]
-        size = slot_bytes(config, match.d_model, dtype)
-        needs.append(LayerSlots(_node_name(i), config.expert_count, config.top_k, size))
+        needs.append(LayerSlots.needs(_node_name(i), config, match.d_model, dtype))
     return [layer.slots for layer in split_budget(budget, needs).layers]
 
 

@@ -1,4 +1,4 @@
-"""Changes attributes of MoELayer nodes that are there already."""
+"""Changes attributes of MoELayer nodes that are there already, such as their slots."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import onnx
 from onnx import helper
 
+from moe_infer.budget import Budget, LayerSlots, split_budget
 from moe_infer.graph.edits import rename_value
 from moe_infer.graph.lower_builder import Names
 from moe_infer.graph.lower_nodes import LayerNode
@@ -41,6 +42,12 @@ def update_layers(
             _rename_output(model.graph, names, layer, config)
         updated.append(replace(layer, config=config))
     return updated
+
+
+def split_layers(nbytes: int, layers: Sequence[LayerNode], what: str) -> Budget:
+    """Slots of a model's layers (:func:`moe_infer.budget.split_budget`); changes nothing."""
+    needs = [LayerSlots.needs(x.name, x.config, x.d_model, x.dtype) for x in layers]
+    return split_budget(nbytes, needs, what)
 
 
 def with_slots(layer: LayerNode, slots: int) -> LayerConfig:

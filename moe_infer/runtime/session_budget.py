@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import onnx
 
-from moe_infer.budget import BUDGET_VARIABLE, Budget, budget_from_environment, split_budget
+from moe_infer.budget import BUDGET_VARIABLE, Budget, budget_from_environment
 from moe_infer.byte_size import ByteSize, parse_bytes
 from moe_infer.graph.lower_nodes import LayerNode
-from moe_infer.graph.update import update_layers, with_slots
-from moe_infer.inspect import describe
+from moe_infer.graph.update import split_layers, update_layers, with_slots
 from moe_infer.runtime.once import Once
 from moe_infer.runtime.providers import Choice
 
@@ -39,7 +38,7 @@ def apply_budget(
     budget: GivenBudget, model: onnx.ModelProto, layers: list[LayerNode]
 ) -> tuple[Budget, list[LayerNode]]:
     """Splits a budget and gives the model's layers these slots; the model is changed in place."""
-    split = split_budget(budget.nbytes, [describe(layer) for layer in layers], budget.what)
+    split = split_layers(budget.nbytes, layers, budget.what)
     pairs = zip(layers, split.layers, strict=True)
     configs = [with_slots(layer, part.slots) for layer, part in pairs]
     _logger.info(
