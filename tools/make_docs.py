@@ -1,6 +1,6 @@
 """Writes the generated parts of the documentation: `python tools/make_docs.py [--check]`.
 
-The operator's tables come from moe_infer/op.py, the tables of measurements from the JSON files in
+The operator's tables come from moe_infer/op, the tables of measurements from the JSON files in
 benchmarks/results/, the table of models from docs/models.json, which tools/make_models.py writes.
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; everything else
 in the files is left alone.

@@ -1,4 +1,5 @@
-// The rules, their order and their texts are those of moe_infer/op.py; tests/test_native_check.py compares the two.
+// The rules, their order and their texts are those of moe_infer/op/layer_config.py;
+// tests/test_native_check.py compares the two.
 #include "core/layer_config.h"
 
 #include <algorithm>
@@ -65,7 +66,7 @@ constexpr Field floats_field(char const* name, Floats& (*value)(Attributes&)) {
   return {name, MOE_INFER_FLOATS, false, nullptr, nullptr, nullptr, value};
 }
 
-// In the order of ATTRIBUTES in op.py, in which missing ones are reported.
+// In the order of ATTRIBUTES in moe_infer/op/attributes.py, in which missing ones are reported.
 constexpr std::array<Field, 22> kFields{{
     int_field("expert_count", true, [](Attributes& a) -> int32_t& { return a.config.expert_count; }),
     int_field("hidden_size", true, [](Attributes& a) -> int32_t& { return a.config.hidden_size; }),

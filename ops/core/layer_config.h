@@ -1,4 +1,4 @@
-// The operator's attributes, parsed and checked. The rules and texts are those of moe_infer/op.py.
+// The operator's attributes, parsed and checked. The rules and texts are those of moe_infer/op/layer_config.py.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ using nvinfer1::PluginFieldType;
 constexpr char const* kInputs = "network_inputs";  // d_model, dtype, has_logits, logits_dtype
 constexpr char const* kDigest = "expert_weight_digest";
 
-// tests/test_tensorrt_registry.py compares these with the operator's definition in moe_infer/op.py.
+// tests/test_tensorrt_registry.py compares these with the operator's definition in moe_infer/op.
 constexpr struct {
   char const* name;
   moe_infer_attribute_kind kind;
