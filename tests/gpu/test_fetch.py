@@ -51,6 +51,13 @@ def random_choices(seed: int, tokens: int) -> list[tuple[int, ...]]:
     return [tuple(rng.choice(EXPERTS, 2, replace=False, p=likely)) for _ in range(tokens)]
 
 
+def when_resident(attributes: dict[str, Any], inputs: list[Array], dtype: str) -> list[Array]:
+    """Outputs of the layer with all its experts in GPU memory: what its streaming must give."""
+    whole = {**attributes, "max_concurrency": attributes["expert_count"]}
+    with make_layer(whole, inputs[0].shape[-1], dtype) as layer:
+        return [run(layer, x) for x in inputs]
+
+
 @pytest.fixture(params=["device", "host", "auto"])
 def fetch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MOE_INFER_FETCH", request.param)
@@ -63,14 +70,12 @@ def test_the_device_gives_the_bits_of_resident_experts(
     folder: Path, sublayer: str, dtype: str, fetch: str
 ) -> None:
     """1 token, few, and more than the slots can hold at once, which the host then fetches."""
-    resident = attributes_of(folder, sublayer, dtype, EXPERTS)
     inputs = [
         make_input(tokens, D_MODEL, dtype, seed=s) for s in (1, 2) for tokens in (1, 3, 1, 40)
     ]
-    with make_layer(resident, D_MODEL, dtype) as layer:
-        expected = [run(layer, x) for x in inputs]
+    expected = when_resident(attributes_of(folder, sublayer, dtype, 6), inputs, dtype)
     for slots in (6, 15):
-        with make_layer({**resident, "max_concurrency": slots}, D_MODEL, dtype) as layer:
+        with make_layer(attributes_of(folder, sublayer, dtype, slots), D_MODEL, dtype) as layer:
             for i, (x, right) in enumerate(zip(inputs, expected, strict=True)):
                 assert same_bits(run(layer, x), right), f"{slots} slots, input {i}"
 
@@ -125,11 +130,10 @@ def test_a_cuda_graph_of_a_layer_that_streams(
     folder: Path, sublayer: str, dtype: str, tokens: int
 ) -> None:
     """Replays choose other experts each time, and find them."""
-    resident = attributes_of(folder, sublayer, dtype, EXPERTS)
+    made = attributes_of(folder, sublayer, dtype, 6)
     inputs = [make_input(tokens, D_MODEL, dtype, seed) for seed in range(12)]
-    with make_layer(resident, D_MODEL, dtype) as layer:
-        expected = [run(layer, x) for x in inputs]
-    with make_layer({**resident, "max_concurrency": 6}, D_MODEL, dtype) as layer:
+    expected = when_resident(made, inputs, dtype)
+    with make_layer(made, D_MODEL, dtype) as layer:
         size = inputs[0].nbytes
         x, y = Buffer(size, inputs[0]), Buffer(size)
         workspace = Buffer(layer.workspace(tokens))
@@ -160,8 +164,7 @@ def test_larger_experts_arrive_whole(
         folder, "Gated_SiLU", "softmax_topk", 12, 512, 1024, 2, "bfloat16", expert_bias=1
     )
     inputs = [make_input(tokens, 512, "bfloat16", seed) for seed in range(15) for tokens in (1, 4)]
-    with make_layer(made, 512, "bfloat16") as layer:
-        expected = [run(layer, x) for x in inputs]
+    expected = when_resident(made, inputs, "bfloat16")
     with make_layer({**made, "max_concurrency": 8}, 512, "bfloat16") as layer:
         for i, (x, right) in enumerate(zip(inputs, expected, strict=True)):
             assert same_bits(run(layer, x), right), i
@@ -172,11 +175,10 @@ def test_larger_experts_arrive_whole(
 
 def test_one_layer_from_two_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_INFER_FETCH", "auto")
-    resident = attributes_of(folder, "Gated_SiLU", "float16", EXPERTS)
+    made = attributes_of(folder, "Gated_SiLU", "float16", 6)
     inputs = [make_input(tokens, D_MODEL, "float16", tokens) for tokens in (1, 2, 90)]
-    with make_layer(resident, D_MODEL, "float16") as layer:
-        expected = [run(layer, x) for x in inputs]
-    with make_layer({**resident, "max_concurrency": 6}, D_MODEL, "float16") as layer:
+    expected = when_resident(made, inputs, "float16")
+    with make_layer(made, D_MODEL, "float16") as layer:
 
         def work(thread: int) -> None:
             stream = torch.cuda.Stream()
