@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import moe_infer
 from examples.decoding.cache import Decoder
 from examples.decoding.sampling import Sampler, Sampling
 
@@ -67,13 +68,32 @@ def stream(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterato
 
 
 def stop_tokens(folder: Path) -> list[int]:
-    """Ids that end a text, by the model's configuration."""
+    """Ids that end a text, by the model's configuration.
+
+    Raises:
+        ValueError: a file of the configuration is damaged.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        try:
+            found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         if found is not None:
             return list(found) if isinstance(found, list) else [found]
     return []
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids with commas between them.
+
+    Raises:
+        ValueError: there is something else, or nothing.
+    """
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--ids must be token ids such as 3,17,5, got '{text}'") from None
 
 
 def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
@@ -81,15 +101,22 @@ def load_tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], Callable[[
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json.
+        ImportError: tokenizers is not installed.
+        ValueError: the file is damaged.
     """
-    from tokenizers import Tokenizer
-
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install tokenizers, or give --ids") from error
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; copy it from the model's folder, or give --ids"
         )
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from error
     return (lambda text: tokenizer.encode(text).ids), tokenizer.decode
 
 
@@ -110,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError, moe_infer.PluginError) as error:
         print(f"generate: error: {error}", file=sys.stderr)
         return 1
 
@@ -118,20 +145,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Loads, generates, and prints the text as it comes."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
+    model = options.model_dir / "model.onnx"
+    if not model.is_file():
+        raise FileNotFoundError(f"{model} does not exist; expected what `moe-infer export` writes")
+    stop = stop_tokens(options.model_dir)
     if options.ids is not None:
-        prompt = [int(i) for i in options.ids.split(",")]
+        prompt = parse_ids(options.ids)
     else:
         encode, decode = load_tokenizer(options.model_dir)
         prompt = encode(options.prompt)
     providers = PROVIDERS[options.provider] if options.provider else None
     started = time.perf_counter()
-    decoder = Decoder(options.model_dir / "model.onnx", providers, options.context)
+    decoder = Decoder(model, providers, options.context)
     loaded = time.perf_counter()
     made: list[int] = []
     times: list[float] = []
 
     def counted() -> Iterator[int]:
-        stop = stop_tokens(options.model_dir)
         for token in generate(decoder, prompt, options.tokens, sampling, stop):
             made.append(token)
             times.append(time.perf_counter())

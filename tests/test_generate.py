@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from examples.decoding.sampling import Sampler, Sampling
@@ -68,7 +69,13 @@ def test_a_seed_repeats() -> None:
 
 
 def test_sampling_errors() -> None:
-    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for wrong in (
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             Sampling(**wrong)
     with pytest.raises(ValueError, match="the logits hold NaN"):
@@ -234,6 +241,49 @@ def test_command(exported: Path) -> None:
     wrong = run("--ids", "3", "--top-p", "2")
     assert wrong.returncode == 1
     assert "generate: error: top_p must be" in wrong.stderr
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line of a command that must fail."""
+    from examples.generate import main
+
+    assert main([str(a) for a in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    said = [x for x in captured.err.splitlines() if not x.startswith("MoELayer nodes are lowered")]
+    assert len(said) == 1 and said[0].startswith("generate: error: ")
+    return said[0]
+
+
+def test_the_commands_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    expected = "model.onnx does not exist; expected what `moe-infer export` writes"
+    assert expected in _refused(capsys, tmp_path / "none", "--ids", "3")
+    (tmp_path / "model.onnx").touch()
+    assert expected in _refused(capsys, tmp_path / "model.onnx", "--ids", "3")
+    for ids in ("x", "", "3,"):
+        assert f"such as 3,17,5, got '{ids}'" in _refused(capsys, tmp_path, "--ids", ids)
+    for count in ("0", "-1"):
+        said = _refused(capsys, tmp_path, "--ids", "3", "--tokens", count)
+        assert f"--tokens must be at least 1, got {count}" in said
+    assert "copy it from the model's folder" in _refused(capsys, tmp_path, "--prompt", "a")
+    (tmp_path / "tokenizer.json").write_text("{")
+    said = _refused(capsys, tmp_path, "--prompt", "a")
+    assert f"{tmp_path / 'tokenizer.json'} is no tokenizer that can be read" in said
+    (tmp_path / "config.json").write_text("{")
+    assert f"{tmp_path / 'config.json'} cannot be read" in _refused(capsys, tmp_path, "--ids", "3")
+
+
+@pytest.mark.needs_torch
+def test_tokens_and_providers_that_are_not_there(
+    exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ids in ("99999", "3,-1"):
+        said = _refused(capsys, exported, f"--ids={ids}", "--provider", "cpu")
+        assert f"token {ids.split(',')[-1]} is none of the model's, which are 0 to 511" in said
+    if "TensorrtExecutionProvider" not in ort.get_available_providers():
+        said = _refused(capsys, exported, "--ids", "3", "--provider", "tensorrt")
+        assert "pip install 'moe-infer[gpu]'" in said
 
 
 @pytest.mark.needs_torch

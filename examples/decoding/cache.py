@@ -56,6 +56,8 @@ class Decoder:
         )
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.pairs = _pairs(self.session)
+        logits = next(v for v in self.session.get_outputs() if v.name == "logits")
+        self.vocabulary = logits.shape[-1] if isinstance(logits.shape[-1], int) else None
         self.device = "cpu"
         if self.session.get_providers()[0] in (
             "TensorrtExecutionProvider",
@@ -76,12 +78,19 @@ class Decoder:
         """Takes more tokens and gives the logits (vocabulary) after the last one.
 
         Raises:
-            ValueError: no tokens, or more than the context holds.
+            ValueError: no tokens, more than the context holds, or one that the model has not.
         """
         if not tokens or self.length + len(tokens) > self.context:
             raise ValueError(
                 f"{len(tokens)} tokens after {self.length}; at least one is needed, and at most"
                 f" {self.context} in all"
+            )
+        wrong = [t for t in tokens if not 0 <= t < (self.vocabulary or t + 1)]
+        if wrong:
+            raise ValueError(
+                f"token {wrong[0]} is none of the model's, which are 0 to"
+                f" {'...' if self.vocabulary is None else self.vocabulary - 1}; is the tokenizer"
+                " another model's?"
             )
         for begin in range(0, len(tokens), self.chunk):
             logits = self._run(tokens[begin : begin + self.chunk])
