@@ -19,6 +19,9 @@ from moe_infer.slot_layout import slot_bytes
 
 BUDGET_VARIABLE = "MOE_INFER_GPU_BUDGET"
 
+_MOST_SLOTS = 2**31 - 1
+"""TensorRT passes attributes on in 32 bits."""
+
 
 class HasExperts(Protocol):
     """What the split looks at; :class:`moe_infer.inspect.LayerInfo` has it, too."""
@@ -185,6 +188,30 @@ def split_budget(
             for layer, n in zip(layers, slots, strict=True)
         ),
     )
+
+
+def check_slot_options(max_concurrency: int | None, gpu_budget: ByteSize | None = None) -> None:
+    """Checks what a caller says of slots, before anything is written.
+
+    Raises:
+        ValueError: both are given, ``max_concurrency`` is no number of experts, or ``gpu_budget``
+            no size.
+    """
+    if gpu_budget is not None:
+        parse_bytes(gpu_budget, "gpu_budget")
+    if max_concurrency is None:
+        return
+    if gpu_budget is not None:
+        raise ValueError(
+            f"max_concurrency {max_concurrency} and gpu_budget {gpu_budget!r} are both given; give"
+            " one of them"
+        )
+    whole = isinstance(max_concurrency, int) and not isinstance(max_concurrency, bool)
+    if not whole or not 1 <= max_concurrency <= _MOST_SLOTS:
+        raise ValueError(
+            f"max_concurrency must be a number of experts from 1 to {_MOST_SLOTS}, got"
+            f" {max_concurrency!r}"
+        )
 
 
 def least_budget(layers: Sequence[HasExperts]) -> int:

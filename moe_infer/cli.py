@@ -1,7 +1,7 @@
 """Command line: ``moe-infer rewrite | budget | lower | inspect | run | ...`` (``--help`` has all).
 
 Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong usage, 3 nothing matched
-(``rewrite``), 4 the models differ (``verify``).
+(``rewrite``), 4 the models differ (``verify``), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,9 +31,11 @@ from moe_infer.commands.arguments import (
     pair,
 )
 from moe_infer.graph.explain import explain
+from moe_infer.graph.lower_nodes import load_model
 from moe_infer.runtime.stats import ExpertStats, text
 
 NOTHING_MATCHED = 3
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except (ValueError, TypeError, OSError, moe_infer.PluginError) as error:
+    except (ValueError, TypeError, OSError, ImportError, moe_infer.PluginError) as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        print("moe-infer: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         # ONNX Runtime's exceptions have no base class of their own.
         if not type(error).__module__.startswith("onnxruntime"):
@@ -53,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"'{error.filename2 or error.filename}': {error.strerror}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     print(f"moe-infer: error: {' '.join(lines) or repr(error)}", file=sys.stderr)
     return 1
 
@@ -198,6 +205,10 @@ def _lower(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.provider is not None and not options.plan:
+        raise ValueError("--provider says where --plan makes its session; give --plan, too")
+    if options.plan and options.tokens is not None:
+        raise ValueError("--plan makes a session and asks for no workspace; leave --tokens away")
     if options.gpu_budget is not None:
         return budget.inspect(options)
     if options.plan:
@@ -209,7 +220,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if not layers:
         print("the model has no MoELayer")
         return 0
-    tables = (_layers_table(layers), _memory_table(layers))
+    tables = (_layers_table(layers), _memory_table(layers, options.tokens))
     for table in tables:
         console().print(table)
     return 0
@@ -232,7 +243,8 @@ def _layers_table(layers: Sequence[Any]) -> Table:
     return table
 
 
-def _memory_table(layers: Sequence[Any]) -> Table:
+def _memory_table(layers: Sequence[Any], tokens: int | None) -> Table:
+    unknown = "not asked (--tokens, on a GPU)" if tokens is None else "no GPU to ask"
     table = Table(
         "layer",
         "on disk",
@@ -255,7 +267,7 @@ def _memory_table(layers: Sequence[Any]) -> Table:
             str(layer.slots),
             format_bytes(layer.slot_bytes),
             format_bytes(layer.slots_bytes),
-            "not asked (--tokens, on a GPU)" if workspace is None else format_bytes(workspace),
+            unknown if workspace is None else format_bytes(workspace),
             layer.cuda_graph,
             layer.lowering,
         )
@@ -274,17 +286,19 @@ def _memory_table(layers: Sequence[Any]) -> Table:
 def _run(options: argparse.Namespace) -> int:
     if options.repeat < 1:
         raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
+    # Before the session, which may take minutes.
+    feeds = _feeds(options)
+    ranges = _ranges(options.range) or None
     started = time.perf_counter()
     with Console(stderr=True).status("creating the session"):
         session = moe_infer.InferenceSession(
             options.model,
             providers=None if options.provider is None else [PROVIDERS[options.provider]],
-            input_shapes=_ranges(options.range) or None,
+            input_shapes=ranges,
             expert_use=options.expert_use,
             gpu_budget=options.gpu_budget,
         )
     creation = time.perf_counter() - started
-    feeds = _feeds(options)
     names = [output.name for output in session.get_outputs()]
     times = []
     for _ in track(
@@ -376,7 +390,7 @@ def _feeds(options: argparse.Namespace) -> dict[str, np.ndarray[Any, Any]]:
     from moe_infer.compare.feeds import make_feeds
 
     feeds = make_feeds(
-        onnx.load(options.model, load_external_data=False),
+        load_model(options.model)[0],
         given=given_inputs(options.input),
         dims=given_sizes(options.dim),
         shapes=given_shapes(options.shape),

@@ -99,8 +99,10 @@ def inspect_model(
     Raises:
         FileNotFoundError: the model or a weight file is nowhere.
         WeightFileError: a weight file is damaged or does not fit its layer.
-        ValueError: the model or a layer is not right.
+        ValueError: the model, a layer or ``tokens`` is not right.
     """
+    if tokens is not None and tokens < 0:
+        raise ValueError(f"tokens must be at least 0, got {tokens}")
     loaded, folder = load_model(model, base_dir)
     return [describe(layer, tokens) for layer in read_layers(inline_functions(loaded), folder)]
 

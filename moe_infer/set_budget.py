@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
-
 from moe_infer.budget import Budget
 from moe_infer.byte_size import ByteSize, parse_bytes
-from moe_infer.graph.external import locate
 from moe_infer.graph.lower_builder import Names
-from moe_infer.graph.lower_data import ExpertData, external_tensors, make_absolute, place_beside
+from moe_infer.graph.lower_data import ExpertData, make_absolute, place_beside
 from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
+from moe_infer.graph.outputs import make_place, refuse_overwriting
 from moe_infer.graph.update import split_layers, update_layers, with_slots
 from moe_infer.op import LayerConfig
 from moe_infer.weights import resolve_weight_path
@@ -45,6 +42,7 @@ def set_gpu_budget(
     Raises:
         FileNotFoundError: the model or a weight file is nowhere.
         WeightFileError: a weight file is damaged or does not fit its layer.
+        OSError: ``out`` is a folder, or its folder cannot be written.
         ValueError: it is no model with MoELayer nodes, a layer is not right, the budget does not
             hold the experts of one token, or ``out`` is a file with weights of the model.
     """
@@ -55,9 +53,8 @@ def set_gpu_budget(
     if not layers:
         raise ValueError(f"'{path}' has no MoELayer; `moe-infer rewrite` makes them")
     budget = split_layers(nbytes, layers, "gpu_budget")
-    target = Path(out)
-    _refuse_overwriting(target, model, layers, folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    refuse_overwriting(Path(out), model, layers, folder)
+    target = make_place(out)
     moves = folder is not None and target.parent.resolve() != folder.resolve()
     configs = []
     for layer, part in zip(layers, budget.layers, strict=True):
@@ -82,12 +79,3 @@ def _found_from(folder: Path, layer: LayerNode, config: LayerConfig) -> LayerCon
         if os.path.samefile(resolve_weight_path(config.expert_weight_file, folder), file.path):
             return config
     return replace(config, expert_weight_file=str(file.path.resolve()))
-
-
-def _refuse_overwriting(
-    target: Path, model: onnx.ModelProto, layers: Iterable[LayerNode], folder: Path | None
-) -> None:
-    weights = {layer.weights.file.path for layer in layers if layer.weights.file is not None}
-    weights |= {locate(tensor, folder or Path.cwd()).path for tensor in external_tensors(model)}
-    if target.resolve() in {path.resolve() for path in weights}:
-        raise ValueError(f"writing {target} would overwrite weights of the model; give another out")

@@ -135,16 +135,18 @@ def test_a_past_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole["logits"], expected, rtol=0, atol=1e-4)
 
 
-def test_without_a_cache_and_in_another_type(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_without_a_cache_and_in_another_type(dtype: str, tmp_path: Path) -> None:
     source = _save("Qwen3-MoE", tmp_path / "in")
     report = export_pretrained(
-        source, tmp_path / "out", insert=True, cached=False, dtype="float16", check=True
+        source, tmp_path / "out", insert=True, cached=False, dtype=dtype, check=True
     )
+    assert report.difference is not None and report.difference < 0.1
     model = onnx.load(report.model_path, load_external_data=False)
     assert [v.name for v in model.graph.input] == ["input_ids", "attention_mask"]
     assert [v.name for v in model.graph.output] == ["logits"]
     (layer, *_) = moe_infer.inspect_model(report.model_path)
-    assert (layer.dtype, layer.weight_dtype) == ("float16", "float16")
+    assert (layer.dtype, layer.weight_dtype) == (dtype, dtype)
 
 
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +159,11 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ExportError, match="transformers cannot load"):
         export_pretrained(tmp_path, out)
+    damaged = _save("Mixtral", tmp_path / "damaged")
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert main(["export", str(damaged), out]) == 1
+    assert f"transformers cannot load {damaged}: SafetensorError" in capsys.readouterr().err
     with pytest.raises(ValueError, match="give another one"):
         export_pretrained(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="dtype must be one of"):
@@ -172,15 +179,24 @@ def test_without_torch(
     assert "pip install 'moe-infer[torch]'" in capsys.readouterr().err
 
 
-def test_an_export_that_fails_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("insert", [False, True])
+def test_an_export_that_fails_is_explained_and_leaves_nothing(
+    insert: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it touch what was there before."""
+
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Could not guard on data-dependent expression Eq(u0, 1)\nlong trace")
 
     source = _save("Mixtral", tmp_path / "in")
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ExportError, match=r"could not export MixtralForCausalLM.*--insert"):
-        export_pretrained(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.onnx"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/experts.safetensors").write_text("of another model")
+    remedy = "" if insert else ".*--insert"
+    with pytest.raises(ExportError, match=rf"could not export MixtralForCausalLM{remedy}"):
+        export_pretrained(source, tmp_path / "out", insert=insert)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["experts.safetensors"]
+    assert (tmp_path / "out/experts.safetensors").read_text() == "of another model"
 
 
 def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

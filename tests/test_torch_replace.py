@@ -87,6 +87,18 @@ def test_families(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(shorter, logits[:1, :3], rtol=0, atol=1e-4)
 
 
+def test_slots_are_looked_at_before_anything_is_changed(tmp_path: Path) -> None:
+    model = copy.deepcopy(model_zoo.make("Mixtral").model)
+    held = sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="max_concurrency must be a number of experts from 1"):
+        moe_torch.replace_moe(model, tmp_path / "out/experts.safetensors", max_concurrency=0)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; give another path"):
+        moe_torch.replace_moe(model, tmp_path / "file/experts.safetensors")
+    assert sum(p.numel() for p in model.parameters()) == held
+
+
 def test_finish_twice_is_finish_once(tmp_path: Path) -> None:
     model, _ = _replaced("Mixtral", tmp_path, max_concurrency=2)
     _export(model, "Mixtral", tmp_path / "model.onnx")

@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     simulate.add_argument(
         "--slots",
         default="10%,25%,50%",
-        metavar="16,25%%",
+        metavar="16,25%",
         help="slots of each layer, as a number or as a part of its experts",
     )
     simulate.add_argument(
@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
 
     if sum(given is not None for given in (options.trace, options.generate, options.record)) != 1:
         raise ValueError("give one of TRACE.npz, --generate and --record")
+    if options.input and options.record is None:
+        raise ValueError("--input is for --record MODEL; leave it away")
     machine = None
     if options.expert_bytes is not None:
         machine = Machine(
@@ -95,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
             options.fetch_us,
         )
     trace = _trace(options)
+    if options.save is not None:
+        trace.save(options.save)  # first: to record another one may take long
     points = compare(
         trace,
         _slots(options.slots, trace.expert_count),
@@ -104,8 +108,6 @@ def run(options: argparse.Namespace) -> int:
         machine,
         options.shared,
     )
-    if options.save is not None:
-        trace.save(options.save)
     if options.plot is not None:
         from moe_infer.simulate.plot import draw
 
@@ -132,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> Any:
+    from moe_infer.compare.feeds import check_given
+    from moe_infer.graph.lower_nodes import load_model
     from moe_infer.simulate import Trace, generate, record
 
     if options.generate is not None:
@@ -145,6 +149,7 @@ def _trace(options: argparse.Namespace) -> Any:
             "--record needs inputs with the same number of sequences in their first dimension, got"
             f" {lengths or 'no --input'}"
         )
+    inputs = check_given(load_model(options.record)[0], inputs)
     runs = (
         {name: value[i : i + 1] for name, value in inputs.items()}
         for i in range(next(iter(lengths.values())))

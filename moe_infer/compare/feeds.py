@@ -56,10 +56,12 @@ def make_feeds(
             values.
     """
     given, dims, shapes = given or {}, dims or {}, shapes or {}
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     inputs = _inputs(model)
-    for name in (*given, *shapes):
-        if name not in inputs:
-            raise ValueError(f"the model has no input '{name}'; it has {', '.join(inputs)}")
+    for name in shapes:
+        _check_name(name, inputs)
+    given = check_given(model, given)
     known, windows = cache_sizes(model)
     sizes = _sizes(model, inputs, given, dims, shapes, known, windows)
     rng = np.random.default_rng(seed)
@@ -77,6 +79,23 @@ def make_feeds(
         )
         feeds[name] = _values(rng, name, element, shape, bounds.get(name), past)
     return feeds
+
+
+def check_given(model: onnx.ModelProto, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays for inputs of a graph, whose names and types must be the inputs'.
+
+    Raises:
+        ValueError: they are not.
+    """
+    inputs = _inputs(model)
+    for name in given:
+        _check_name(name, inputs)
+    return {name: _typed(name, inputs[name][0], array) for name, array in given.items()}
+
+
+def _check_name(name: str, inputs: Collection[str]) -> None:
+    if name not in inputs:
+        raise ValueError(f"the model has no input '{name}'; it has {', '.join(inputs)}")
 
 
 def _inputs(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[Dim, ...]]]:
@@ -276,6 +295,22 @@ def _values(
     if "position" in name and shape:
         return np.broadcast_to(past + np.arange(shape[-1]), shape).astype(kind)
     return rng.integers(0, bound if bound is not None else 2, shape).astype(kind)
+
+
+def _typed(name: str, element: int, array: Array) -> Array:
+    """A given array, which must be of the input's type."""
+    if element in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return array
+    bfloat16 = element == TensorProto.BFLOAT16
+    wanted = np.dtype(ml_dtypes.bfloat16) if bfloat16 else _numpy(element)
+    if bfloat16 and array.dtype == np.dtype("V2"):
+        return array.view(wanted)  # what a .npy file makes of it
+    if array.dtype != wanted:
+        raise ValueError(
+            f"input '{name}' is {array.dtype}, but the model takes {wanted}; convert it with"
+            f" astype('{wanted}')"
+        )
+    return array
 
 
 def _numpy(element: int) -> np.dtype[Any]:

@@ -123,7 +123,7 @@ def locate(tensor: TensorProto, base_dir: Path) -> ExternalRange:
             " there and write a relative location"
         )
     if not path.is_file():
-        raise ExternalDataError(f"{what}: file {path} does not exist")
+        raise ExternalDataError(f"{what}: file {path} does not exist; put it beside the model")
     expected, size = tensor_bytes(tensor), path.stat().st_size
     offset = _number(what, "offset", entries.get("offset", "0"))
     length = _number(what, "length", entries.get("length", str(expected)))

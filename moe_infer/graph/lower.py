@@ -35,7 +35,9 @@ from moe_infer.graph.lower_nodes import (
     read_layers,
 )
 from moe_infer.graph.lower_router import Routing, lower_router
+from moe_infer.graph.outputs import make_place, refuse_overwriting
 from moe_infer.op import DOMAIN
+from moe_infer.weights.atomic import AtomicFile
 
 PROVIDERS = (CPU_PROVIDER, CUDA_PROVIDER)
 MIN_OPSET = 14
@@ -88,16 +90,26 @@ def lower(
     Raises:
         FileNotFoundError: the model or a weight file is nowhere.
         WeightFileError: a weight file is damaged or does not fit its layer.
-        ValueError: the model, a layer or ``provider`` is not right.
+        OSError: ``out`` is a folder, or its folder cannot be written.
+        ValueError: the model, a layer or ``provider`` is not right, there is no MoELayer, or
+            ``out`` is the model or a file with its weights.
     """
     loaded, folder = load_model(model, base_dir)
     loaded = inline_functions(loaded)
-    lowered = lower_model(loaded, folder, provider, read_layers(loaded, folder))
+    layers = read_layers(loaded, folder)
+    if not layers:
+        raise ValueError("the model has no MoELayer to lower; `moe-infer rewrite` makes them")
     if out is not None:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, str | os.PathLike) and Path(out).resolve() == Path(model).resolve():
+            raise ValueError(f"writing {out} would overwrite the model that is read; give another")
+        refuse_overwriting(Path(out), loaded, layers, folder)
+    lowered = lower_model(loaded, folder, provider, layers)
+    if out is not None:
+        path = make_place(out)
         place_beside(lowered.model, lowered.data, path)
-        _save(lowered.model, path)
+        with AtomicFile(path) as file:
+            file.file.write(lowered.model.SerializeToString())
+            file.commit()
         return lowered.model
     if lowered.data.inflated_bytes > EMBED_LIMIT:
         raise ValueError(
@@ -197,13 +209,3 @@ def _check_opset(model: onnx.ModelProto) -> None:
             f"the model's opset is {version}; lowering needs {MIN_OPSET} or newer: export it again"
             " or convert it with onnx.version_converter before the MoELayer nodes are inserted"
         )
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    """Writes the model to a temporary file and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

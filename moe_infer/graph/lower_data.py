@@ -227,7 +227,11 @@ def _bring(source: Path, folder: Path, stem: str) -> str:
                 " copy, write the model onto the file system of the weights",
                 stacklevel=4,
             )
-            shutil.copyfile(source, target)
+            try:
+                shutil.copyfile(source, target)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
         return target.name
     raise FileExistsError(f"{folder} is full of files named like {stem}.{source.name}")
 

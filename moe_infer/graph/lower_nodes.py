@@ -24,6 +24,7 @@ _FLOATS: dict[int, str] = {
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
+_EXPECTED = "expected the .onnx file of an exporter, and all of it"
 _E = TypeVar("_E", bound=Exception)
 
 
@@ -84,6 +85,10 @@ def load_model(
     if isinstance(model, bytes):
         return _parse(model, "the given bytes"), folder
     path = Path(model)
+    if path.is_dir():
+        models = ", ".join(sorted(p.name for p in path.glob("*.onnx"))[:4])
+        there = f"give a model in it: {models}" if models else "there is no .onnx file in it"
+        raise FileNotFoundError(f"model file '{path}' is a folder; {there}")
     if not path.is_file():
         raise FileNotFoundError(f"model file '{path}' not found (working directory {os.getcwd()})")
     return _parse(path.read_bytes(), f"'{path}'"), folder or model_dir(path)
@@ -135,9 +140,9 @@ def _parse(data: bytes, what: str) -> onnx.ModelProto:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's implementations raise different types
-        raise ValueError(f"{what} is no ONNX model: {error}") from error
+        raise ValueError(f"{what} is no ONNX model: {error}; {_EXPECTED}") from error
     if not model.HasField("graph"):
-        raise ValueError(f"{what} is no ONNX model: it has no graph")
+        raise ValueError(f"{what} is no ONNX model: it has no graph; {_EXPECTED}")
     return model
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from moe_infer.budget import LayerSlots, split_budget
+from moe_infer.budget import LayerSlots, check_slot_options, split_budget
 from moe_infer.byte_size import ByteSize
+from moe_infer.graph import lower_nodes
 from moe_infer.graph.candidates import candidates, outside
 from moe_infer.graph.default_attributes import drop_default_attributes
 from moe_infer.graph.edits import add_value_info, remove_unread
@@ -22,10 +23,11 @@ from moe_infer.graph.experts_file import (
     open_constants,
     write_experts,
 )
-from moe_infer.graph.external import WEIGHT_DTYPES, Constant, all_tensors, model_dir
+from moe_infer.graph.external import WEIGHT_DTYPES, Constant, all_tensors
 from moe_infer.graph.known_sizes import fold_known_sizes
 from moe_infer.graph.layer_checks import ReplaceError, check_types
 from moe_infer.graph.match import GraphView, Match, NearMiss
+from moe_infer.graph.outputs import make_folder
 from moe_infer.graph.progress import bytes_bar
 from moe_infer.graph.region import check_region
 from moe_infer.graph.replace import replace_with_moe_layer
@@ -84,16 +86,14 @@ def rewrite(
 
     Raises:
         FileNotFoundError: there is no such model.
+        OSError: ``out_dir`` cannot be made or written. Nothing was written.
         ValueError: the output would overwrite the model or its data; its external data is refused
-            (:class:`moe_infer.graph.external.ExternalDataError`); or ``gpu_budget`` does not hold
-            the experts of one token. Nothing was written.
+            (:class:`moe_infer.graph.external.ExternalDataError`); ``max_concurrency`` is no number
+            of experts; or ``gpu_budget`` does not hold the experts of one token. Nothing was
+            written.
         moe_infer.weights.WeightFileError: ``expert_weight_file`` does not hold these experts.
     """
-    if gpu_budget is not None and max_concurrency is not None:
-        raise ValueError(
-            f"max_concurrency {max_concurrency} and gpu_budget {gpu_budget!r} are both given; give"
-            " one of them"
-        )
+    check_slot_options(max_concurrency, gpu_budget)
     proto, folder = load_model(model, base_dir)
     target = Path(out_dir)
     types = infer_types(proto)
@@ -106,7 +106,7 @@ def rewrite(
     if gpu_budget is not None:
         slots = _split(gpu_budget, layers, types)
     _refuse_overwriting(model, folder, target, view)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     experts = Path(expert_weight_file) if expert_weight_file is not None else target / EXPERTS_NAME
     with bytes_bar(progress, "writing experts", sum(_nbytes(layer) for layer in layers)) as advance:
         if expert_weight_file is None:
@@ -147,18 +147,8 @@ def load_model(
         FileNotFoundError: there is no such model.
         ValueError: it is no ONNX model.
     """
-    if isinstance(model, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        return copy, Path(base_dir) if base_dir is not None else Path.cwd()
-    path = Path(model)
-    if not path.is_file():
-        raise FileNotFoundError(f"model {path} does not exist")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no public base class
-        raise ValueError(f"{path} is no ONNX model: {error}") from error
-    return proto, Path(base_dir) if base_dir is not None else model_dir(path)
+    proto, folder = lower_nodes.load_model(model, base_dir)
+    return proto, folder or Path.cwd()
 
 
 def find_layers(view: GraphView, report: RewriteReport, copy_shared: bool) -> list[Layer]:

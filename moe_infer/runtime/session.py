@@ -125,7 +125,9 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self.moe_provider = choice.moe_provider if layers else None
         self._layers = layers
         self._taps = add_taps(model, layers) if expert_use else []
-        self._expert_use: list[ExpertUse] | None = None
+        # A model without layers has nothing to tell, which is no error.
+        self._asked_for_use = expert_use
+        self._expert_use: list[ExpertUse] | None = [] if expert_use and not layers else None
         self._use_totals = [UseTotals(layer) for layer in layers] if expert_use else []
 
         copied = copy_options(sess_options, foreign_domains(model))
@@ -177,7 +179,8 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             ValueError: the session was made without ``expert_use=True``, or did not run yet.
         """
         if self._expert_use is None:
-            what = "did not run yet" if self._taps else "was made without expert_use=True"
+            asked = self._asked_for_use
+            what = "did not run yet" if asked else "was made without expert_use=True"
             raise ValueError(f"expert_use: the session {what}")
         return self._expert_use
 
@@ -234,8 +237,10 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         Raises:
             ValueError: the session was made without ``expert_use=True``.
         """
-        if not self._taps:
+        if not self._asked_for_use:
             raise ValueError("expert_choices: the session was made without expert_use=True")
+        if not self._taps:
+            return []
         self._look({name: shape_of(value) for name, value in input_feed.items()})
         values = super().run(self._taps, input_feed)
         return [choices(*pair) for pair in zip(self._layers, values, strict=True)]

@@ -60,6 +60,8 @@ def generate(
     for name, value in (("layers", layers), ("tokens", tokens), ("sequences", sequences)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     shares = target_shares(expert_count, top_k, tuple(coverage))
     weights = fitted_weights(expert_count, top_k, tuple(coverage))
     rng = np.random.default_rng(seed)

@@ -37,11 +37,13 @@ def record(
     if not isinstance(model, InferenceSession):
         session = InferenceSession(model, providers=["CPUExecutionProvider"], expert_use=True)
     layers = session.moe_layers
+    if not layers:
+        raise ValueError("the model has no MoELayer; `moe-infer rewrite` makes them")
     kinds = {(layer.experts, layer.top_k) for layer in layers}
     if len(kinds) != 1:
         raise ValueError(
             "a trace needs layers that have the same number of experts and the same top_k, got"
-            f" {sorted(kinds) or 'no layer'}"
+            f" {sorted(kinds)}"
         )
     expert_count, _ = kinds.pop()
     sequences = [np.stack(session.expert_choices(feeds)) for feeds in runs]

@@ -6,14 +6,18 @@ import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_infer.byte_size import ByteSize, parse_bytes
+from moe_infer.budget import check_slot_options
+from moe_infer.byte_size import ByteSize
+from moe_infer.graph.external import WEIGHT_DTYPES
+from moe_infer.graph.lower_nodes import load_model
+from moe_infer.graph.outputs import make_folder
 from moe_infer.graph.progress import status
 from moe_infer.graph.report import RewriteReport
 from moe_infer.graph.rewrite import EXPERTS_NAME, MODEL_NAME, rewrite
@@ -90,7 +94,7 @@ def export_pretrained(
 
     Nothing is fetched, and no code of the folder is run. By default the model's experts are set to
     ``batched_mm``, the form whose export is right for every input, the graph is written to a
-    temporary folder beside ``out_dir`` and rewritten. With ``insert`` the layers are put in before
+    temporary folder inside ``out_dir`` and rewritten. With ``insert`` the layers are put in before
     the export (:func:`moe_infer.torch.replace_moe`), which is quicker and needs neither the memory
     nor the disk for a second copy of the experts.
 
@@ -116,7 +120,8 @@ def export_pretrained(
             ``gpu_budget`` does not hold the experts of one token; the graph is there then, with
             slots for all experts.
     """
-    nbytes = _checked_budget(gpu_budget, max_concurrency)
+    # Whether a budget suffices is known at the end; what is no size must not wait for that.
+    check_slot_options(max_concurrency, gpu_budget)
     source, target = Path(model_dir), Path(out_dir)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
@@ -130,29 +135,33 @@ def export_pretrained(
     with status(progress) as step:
         step("loading the model")
         model = load(source, dtype)
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         decoder = Decoder(model, cached)
         example = decoder.example()
         expected = _logits(decoder, example) if check else None
         layers: RewriteReport | ReplaceReport
-        if insert:
-            step("writing the experts")
-            layers = replace_moe(
-                model, target / EXPERTS_NAME, max_concurrency=max_concurrency, progress=False
-            )
-            step("exporting")
-            _export(decoder, example, target / MODEL_NAME, opset, insert)
-            finish(target / MODEL_NAME)
-        else:
-            with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as folder:
+        # Both ways by a temporary folder: of an export that fails nothing stays.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
+            folder = Path(temporary)
+            if insert:
+                step("writing the experts")
+                layers = replace_moe(
+                    model, folder / EXPERTS_NAME, max_concurrency=max_concurrency, progress=False
+                )
+                step("exporting")
+                _export(decoder, example, folder / MODEL_NAME, opset, insert)
+                finish(folder / MODEL_NAME)
+                layers = replace(layers, expert_weight_path=target / EXPERTS_NAME)
+                _move(folder, target)
+            else:
                 _batched(model)
                 step("exporting")
-                _export(decoder, example, Path(folder) / MODEL_NAME, opset, insert)
+                _export(decoder, example, folder / MODEL_NAME, opset, insert)
                 del model
                 decoder.model = None
                 step("rewriting")
                 layers = rewrite(
-                    Path(folder) / MODEL_NAME,
+                    folder / MODEL_NAME,
                     target,
                     max_concurrency=max_concurrency,
                     progress=False,
@@ -163,8 +172,8 @@ def export_pretrained(
                     " MoELayer in before the export"
                 )
         _copy_beside(source, target)
-        if nbytes is not None:
-            _set_budget(target / MODEL_NAME, nbytes)
+        if gpu_budget is not None:
+            _set_budget(target / MODEL_NAME, gpu_budget)
         difference = None
         if expected is not None:
             step("checking")
@@ -192,30 +201,25 @@ def load(folder: Path, dtype: str | None = None) -> Any:
             dtype=getattr(torch, dtype) if dtype else "auto",
             attn_implementation="eager",
         ).eval()
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # of damaged weights safetensors and pickle have their own
         raise ExportError(f"transformers cannot load {folder}: {_first_line(error)}") from error
 
 
-def _checked_budget(gpu_budget: ByteSize | None, max_concurrency: int | None) -> int | None:
-    """In bytes. Whether it suffices is known at the end; what is no size must not wait for that."""
-    if gpu_budget is None:
-        return None
-    if max_concurrency is not None:
-        raise ValueError(
-            f"max_concurrency {max_concurrency} and gpu_budget {gpu_budget!r} are both given; give"
-            " one of them"
-        )
-    return parse_bytes(gpu_budget, "gpu_budget")
-
-
-def _set_budget(path: Path, nbytes: int) -> None:
+def _set_budget(path: Path, gpu_budget: ByteSize) -> None:
     try:
-        set_gpu_budget(path, nbytes, path)
+        set_gpu_budget(path, gpu_budget, path)
     except ValueError as error:
         raise ValueError(
             f"{error}; {path} is whole, with slots for all experts, and `moe-infer budget` sets"
             " others without another export"
         ) from error
+
+
+def _move(folder: Path, target: Path) -> None:
+    """The graph last: when it is there, all is."""
+    for name in (EXPERTS_NAME, f"{MODEL_NAME}.data", MODEL_NAME):
+        if (folder / name).exists():
+            os.replace(folder / name, target / name)
 
 
 def _batched(model: Any) -> None:
@@ -288,17 +292,22 @@ def _check(
     import onnxruntime as ort
 
     from moe_infer.compare.feeds import ort_value
+    from moe_infer.compare.taps import add_outputs
     from moe_infer.runtime.session import InferenceSession
 
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    model, folder = load_model(path)
+    kind = next(o.type.tensor_type.elem_type for o in model.graph.output if o.name == "logits")
+    logits = add_outputs(model, ["logits"])["logits"]  # in float32: NumPy has no bfloat16
+    session = InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"], base_dir=folder
+    )
     feeds: dict[str, ort.OrtValue] = {}
     for name, tensor in zip(decoder.input_names, example, strict=True):
         feeds[name] = ort_value(_array(tensor))
-    (value,) = session.run_with_ort_values(["logits"], feeds)
-    found = value.numpy().astype(np.float32)
+    (value,) = session.run_with_ort_values([logits], feeds)
+    found = value.numpy()
     difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
-    kind = str(value.numpy().dtype)
-    if not difference <= CHECK_TOLERANCES.get(kind, CHECK_TOLERANCES["bfloat16"]):
+    if not difference <= CHECK_TOLERANCES[WEIGHT_DTYPES[kind]]:
         raise ValueError(
             f"the graph's logits differ from PyTorch's by {difference:.3g} of the largest; do not"
             f" use {path}"

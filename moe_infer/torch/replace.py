@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moe_infer.budget import check_slot_options
 from moe_infer.graph.experts_file import layer_prefix
+from moe_infer.graph.outputs import make_folder
 from moe_infer.graph.progress import bytes_bar
 from moe_infer.op import LayerConfig
 from moe_infer.torch.adapter import MoEAdapter, find_adapter
@@ -91,11 +93,14 @@ def replace_moe(
 
     Raises:
         ValueError: the model is training, has no module that an adapter takes, or a module that
-            MoELayer cannot stand for; nothing was changed then. Or the check failed.
+            MoELayer cannot stand for, or ``max_concurrency`` is no number of experts; nothing was
+            changed then. Or the check failed.
+        OSError: the file's folder cannot be made or written; nothing was changed.
         WeightFileError: the file's name does not end in ``.safetensors``.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
+    check_slot_options(max_concurrency)
     path = Path(weight_file)
     found = _find(model, adapters)
     sources = [_source(name, module, adapter) for name, module, adapter in found]
@@ -105,7 +110,7 @@ def replace_moe(
         _sample(module, source) if check_modules else None
         for (_, module, _), source in zip(found, sources, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sizes = [source.nbytes for source in sources]
     with bytes_bar(progress, "writing experts", sum(sizes)) as advance:
         digest = write(path, sources, advance)

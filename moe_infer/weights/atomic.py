@@ -21,7 +21,12 @@ class AtomicFile:
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         # Not tempfile: that gives mode 0600 whatever the umask.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.file: IO[bytes] = open(os.open(self._temporary, flags, 0o666), "w+b")  # noqa: SIM115
+        try:
+            descriptor = os.open(self._temporary, flags, 0o666)
+        except OSError as error:
+            error.filename = str(path)  # the name that the caller knows
+            raise
+        self.file: IO[bytes] = open(descriptor, "w+b")  # noqa: SIM115
 
     @property
     def temporary(self) -> Path:
