@@ -4,6 +4,7 @@ The decisions are the library's own (``ops/core/policy.h``), so hits, misses and
 of a real run on the same trace.
 """
 
+from moe_infer.simulate.ahead import Ahead, Pace, fetch_ahead
 from moe_infer.simulate.belady import optimal_hits
 from moe_infer.simulate.compare import OPTIMUM, Point, compare
 from moe_infer.simulate.generate import COVERAGE, generate
@@ -15,12 +16,15 @@ from moe_infer.simulate.trace import Calls, Trace
 __all__ = [
     "COVERAGE",
     "OPTIMUM",
+    "Ahead",
     "Calls",
     "Machine",
+    "Pace",
     "Point",
     "Replay",
     "Trace",
     "compare",
+    "fetch_ahead",
     "generate",
     "optimal_hits",
     "policy_text",

@@ -10,8 +10,9 @@ changes how soon an expert comes back, and not how often it is chosen.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,22 +65,30 @@ def generate(
         raise ValueError(f"seed must be at least 0, got {seed}")
     shares = target_shares(expert_count, top_k, tuple(coverage))
     weights = fitted_weights(expert_count, top_k, tuple(coverage))
-    rng = np.random.default_rng(seed)
-    order = np.stack([rng.permutation(expert_count) for _ in range(layers)])
-    ordered = weights[order][:, None, :]
-    noise = rng.standard_normal((layers, sequences, expert_count))
-    fresh = math.sqrt(1 - locality**2)
     choices = np.empty((layers, sequences, tokens, top_k), np.uint16)
-    for token in range(tokens):
-        scores = ordered + NOISE * noise
+    scored = token_scores(weights, layers, sequences, locality, seed)
+    for token, scores in enumerate(itertools.islice(scored, tokens)):
         choices[:, :, token] = np.argpartition(-scores, top_k - 1, axis=-1)[..., :top_k]
-        noise = locality * noise + fresh * rng.standard_normal(noise.shape)
     covered = ", ".join(f"{share:.2f}" for share in coverage)
     source = (
         f"generated: {expert_count} experts, top {top_k}, quarters cover {covered}, hottest share"
         f" {shares[0]:.3f} of a token's choices, locality {locality:g}, seed {seed}"
     )
     return Trace(expert_count, choices, tuple(f"layer {i}" for i in range(layers)), source)
+
+
+def token_scores(
+    weights: Array, layers: int, sequences: int, locality: float, seed: int
+) -> Iterator[Array]:
+    """Of one token after the other, without an end: (layers, sequences, experts) scores."""
+    rng = np.random.default_rng(seed)
+    order = np.stack([rng.permutation(len(weights)) for _ in range(layers)])
+    ordered = weights[order][:, None, :]
+    noise = rng.standard_normal((layers, sequences, len(weights)))
+    fresh = math.sqrt(1 - locality**2)
+    while True:
+        yield ordered + NOISE * noise
+        noise = locality * noise + fresh * rng.standard_normal(noise.shape)
 
 
 def target_shares(expert_count: int, top_k: int, coverage: tuple[float, ...] = COVERAGE) -> Array:
