@@ -197,6 +197,8 @@ def ways(shape: Shape, guessed: Guessed, asked: str = "0.75") -> Iterator[dict[s
     """Other ways to do it, one guess at a recall of 75 %: milliseconds by idle time."""
     list_of = guessed.guesses[asked]
     guess = list_of[..., : shape.top_k]
+    rng = np.random.default_rng(2)
+    chance = best(rng.random((*guess.shape[:3], shape.experts), dtype=np.float32), shape.top_k)
     tried: dict[str, tuple[Array | None, str, bool, float]] = {
         "guess, spare": (guess, "spare", False, STOP_BYTES),
         "guess, spare, nothing comes after the stop": (guess, "spare", False, 0),
@@ -204,18 +206,21 @@ def ways(shape: Shape, guessed: Guessed, asked: str = "0.75") -> Iterator[dict[s
         f"{LONGER} guesses more than top-k, spare": (list_of, "spare", False, STOP_BYTES),
         "guess, in a slot": (guess, "slot", False, STOP_BYTES),
         "guess, in a slot, complete ones stay": (guess, "slot", True, STOP_BYTES),
+        "by chance, spare": (chance, "spare", False, STOP_BYTES),
         "policy's counts, spare": (None, "spare", False, STOP_BYTES),
         "policy's counts, spare, complete ones stay": (None, "spare", True, STOP_BYTES),
         "policy's counts, in a slot": (None, "slot", False, STOP_BYTES),
     }
     for slots in shape.slots:
+        without = {
+            str(idle): ms(run(guessed, None, slots, shape.pace(idle), 0)) for idle in IDLE_US
+        }
         for title, (given, place, keep, stop_bytes) in tried.items():
-            row: dict[str, Any] = {"slots": slots, "way": title, "ms": {}, "without": {}}
+            row: dict[str, Any] = {"slots": slots, "way": title, "without": without, "ms": {}}
             for idle in IDLE_US:
                 pace = shape.pace(idle, stop_bytes)
                 found = run(guessed, given, slots, pace, 1, place, keep)
                 row["ms"][str(idle)] = ms(found)
-                row["without"][str(idle)] = ms(run(guessed, None, slots, pace, 0))
             row["precision"] = found.precision  # at the longest idle time, if it depends on it
             yield row
 

@@ -186,7 +186,7 @@ def test_the_study_of_a_small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"rows": rows, "quality": quality, "ways": ways}
     assert ahead_tables.speeds(record, "small", "spare").count("\n") == 5
     assert ahead_tables.quality(record).count("\n") == 4
-    assert ahead_tables.ways(record, "small").count("\n") == 10
+    assert ahead_tables.ways(record, "small").count("\n") == 11
 
 
 def test_routers_guesses_come_from_the_layer_before() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import ahead_tables  # noqa: E402
 import prefetch_study  # noqa: E402
 from moe_bench import cases, report  # noqa: E402
 from moe_bench.streaming import report as streaming_report  # noqa: E402
@@ -211,6 +212,12 @@ def guesses() -> str:
     return prefetch_study.table(json.loads(path.read_text())["pairs"])
 
 
+def ahead(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A table of what benchmarks/ahead_study.py found."""
+    path = ROOT / "benchmarks/results/ahead_study.json"
+    return lambda: make(json.loads(path.read_text()))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "inputs": inputs,
     "attributes": attributes,
@@ -229,6 +236,13 @@ PARTS: dict[str, Callable[[], str]] = {
     "informed": policy_study(tables.informed),
     "shared": policy_study(tables.shared),
     "guesses": guesses,
+    "ahead_spare": ahead(lambda r: ahead_tables.speeds(r, "Qwen3-30B", "spare")),
+    "ahead_slot": ahead(lambda r: ahead_tables.speeds(r, "Qwen3-30B", "slot")),
+    "ahead_mixtral_spare": ahead(lambda r: ahead_tables.speeds(r, "Mixtral", "spare")),
+    "ahead_mixtral_slot": ahead(lambda r: ahead_tables.speeds(r, "Mixtral", "slot")),
+    "ahead_quality": ahead(ahead_tables.quality),
+    "ahead_ways": ahead(lambda r: ahead_tables.ways(r, "Qwen3-30B")),
+    "ahead_recorded": ahead(ahead_tables.recorded),
 }
 
 
