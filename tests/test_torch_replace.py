@@ -22,6 +22,7 @@ from torch import nn  # noqa: E402
 import model_zoo  # noqa: E402
 import moe_infer  # noqa: E402
 import moe_infer.torch as moe_torch  # noqa: E402
+from layer_models import assert_close  # noqa: E402
 from moe_infer.graph.replace import digest_name  # noqa: E402
 from moe_infer.weights import open_weight_file  # noqa: E402
 
@@ -286,7 +287,7 @@ def test_an_adapter_of_ones_own(tmp_path: Path) -> None:
     moe_torch.export(model, (x,), tmp_path / "model.onnx", input_names=["x"])
     session = moe_infer.InferenceSession(tmp_path / "model.onnx", providers=CPU)
     (y,) = session.run(None, {"x": x.numpy()})
-    np.testing.assert_allclose(y, before.numpy(), rtol=0, atol=1e-5)
+    assert_close(y, before.numpy(), "float32")
 
 
 def test_a_layer_that_is_the_graphs_output(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_a_layer_that_is_the_graphs_output(tmp_path: Path) -> None:
     moe_torch.finish(tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == once
     session = moe_infer.InferenceSession(tmp_path / "model.onnx", providers=CPU)
-    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=0, atol=1e-5)
+    assert_close(session.run(None, {"x": x.numpy()})[0], expected, "float32")
 
 
 def test_registered_adapters_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

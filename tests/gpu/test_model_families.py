@@ -13,7 +13,7 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
-from gpu_models import REST, run  # noqa: E402
+from gpu_models import run  # noqa: E402
 from tensorrt_needed import ENGINE  # noqa: E402
 
 import model_zoo  # noqa: E402
@@ -22,6 +22,8 @@ from layer_models import assert_close  # noqa: E402
 
 EXPORTERS = ("dynamo", "torchscript")
 """The first that works."""
+CUDA = "CUDAExecutionProvider"
+LOWERED = ("Mixtral", "gpt-oss", "DeepSeek-V3", "OLMoE")
 NO_ENGINE = "JetMoE"
 """docs/models.md has the operators of its attention that TensorRT cannot build."""
 
@@ -66,7 +68,24 @@ def test_a_model_without_an_engine(tmp_path: Path) -> None:
     feeds, model = model_zoo.make(NO_ENGINE).arrays, tmp_path / "out/model.onnx"
     with pytest.raises(Exception, match="failed to create engine"):
         run(model, feeds, tmp_path)
-    others = [name for name in REST if name in ort.get_available_providers()]
-    ran = run(model, feeds, tmp_path, others)
-    assert ran.lowered and ran.layers == len(report.layers) == 2
-    assert_close(ran.logits, model_zoo.expected(NO_ENGINE), "float32")
+    check_lowered(NO_ENGINE, model, len(report.layers), tmp_path)
+
+
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason=f"no {CUDA}")
+@pytest.mark.parametrize("family", LOWERED)
+def test_lowered_for_cuda(family: str, tmp_path: Path) -> None:
+    """What a machine with a GPU and without TensorRT runs."""
+    _, path = exported(family)
+    report = moe_infer.rewrite(path, tmp_path / "out")
+    check_lowered(family, tmp_path / "out/model.onnx", len(report.layers), tmp_path)
+
+
+def check_lowered(family: str, model: Path, layers: int, folder: Path) -> None:
+    """On CUDA, and the CPU for what CUDA lacks: PyTorch's logits at the tolerance of a layer."""
+    # By default ONNX Runtime's CUDA provider rounds float32 products to TF32.
+    cuda = (CUDA, {"use_tf32": "0"})
+    ran = run(model, model_zoo.make(family).arrays, folder, [cuda, "CPUExecutionProvider"])
+    assert ran.lowered
+    assert ran.layers == layers
+    assert any(provider == CUDA for provider, _, _ in ran.nodes)
+    assert_close(ran.logits, model_zoo.expected(family), "float32")
