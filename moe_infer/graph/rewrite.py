@@ -14,7 +14,6 @@ from moe_infer.budget import LayerSlots, check_slot_options, split_budget
 from moe_infer.byte_size import ByteSize
 from moe_infer.graph import lower_nodes
 from moe_infer.graph.candidates import candidates, outside
-from moe_infer.graph.default_attributes import drop_default_attributes
 from moe_infer.graph.edits import add_value_info, remove_unread
 from moe_infer.graph.experts_file import (
     Source,
@@ -33,6 +32,7 @@ from moe_infer.graph.region import check_region
 from moe_infer.graph.replace import replace_with_moe_layer
 from moe_infer.graph.report import LayerReport, RewriteReport
 from moe_infer.graph.save import bytes_to_move, save_model
+from moe_infer.graph.scatter_to_concat import concatenate_scatters
 from moe_infer.graph.shapes import ValueTypes, infer_types
 from moe_infer.op import LayerConfig
 from moe_infer.weights import open_expert_weights, open_weight_file
@@ -125,7 +125,7 @@ def rewrite(
         )
     remove_unread(proto, left)
     fold_known_sizes(proto, types)
-    drop_default_attributes(proto)
+    concatenate_scatters(proto, types)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)
