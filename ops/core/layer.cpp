@@ -138,7 +138,7 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
     if (fetch_mode_ == FetchMode::kAuto && tokens > kMostTokensForKernels) copier = Copier::kHost;
     if (fetch_mode_ == FetchMode::kAuto && captures) copier = Copier::kKernels;
     if (copier == Copier::kKernels) return Experts::kPlannedAndCopied;
-    if (!captures) return Experts::kPlanned;
+    if (!captures && device_fetch_->host_can_copy()) return Experts::kPlanned;
   }
   if (captures) {
     std::string const why = !why_not_device_.empty()
@@ -357,7 +357,7 @@ void MoELayer::run_from_host(int64_t rows, Workspace const& workspace, cudaStrea
 std::string MoELayer::note() const {
   if (!plan_.streams()) return "";
   std::string note = cache_->note();
-  if (device_fetch_ == nullptr) {
+  if (!why_not_device_.empty()) {
     if (!note.empty()) note += "; ";
     note += "the host fetches its experts, which no CUDA graph can capture: " + why_not_device_;
   }

@@ -124,7 +124,7 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   auto const& layout = cache.layout();
   auto const& first = cache.store().pieces(0);
   CopySource found;
-  std::vector<size_t> order;  // of the parts: late ones last
+  std::vector<size_t> order;  // late tensors last
   for (bool const late : {false, true}) {
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (tensors[i].late != late) continue;
@@ -164,7 +164,7 @@ bool DeviceFetch::host_copies_faster() const {
   auto const& source = host_copy_->source();
   auto const rates = copy_rates(by_kernels_, source, experts_, slots_);
   double const saved = static_cast<double>(source.expert_bytes()) * (rates.kernel - rates.engine);
-  return rates.engine > 0 && saved > kHostSeconds;
+  return host_can_copy() && rates.engine > 0 && saved > kHostSeconds;
 }
 
 void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const {

@@ -56,6 +56,7 @@ class DeviceFetch {
   ExpertCopy const& copy(Copier copier) const { return copier == Copier::kHost ? by_host_ : by_kernels_; }
   // Outside of CUDA graphs.
   Copier faster_copier() const { return faster_copier_; }
+  bool host_can_copy() const { return host_copy_->works(); }
   // Where enqueue finds and puts experts.
   int32_t const* slot_of_expert() const { return tables_.slot_of_expert; }
   int32_t const* slot_of_choice() const { return tables_.slot_of_choice; }

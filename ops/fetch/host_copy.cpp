@@ -22,10 +22,7 @@ void* find_write_value() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
   MOE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuStreamWriteValue32", &found, kCuda12, cudaEnableDefault, &result));
-  if (result != cudaDriverEntryPointSuccess || found == nullptr) {
-    throw Error(MOE_INFER_CUDA, "CUDA: the driver has no cuStreamWriteValue32; install a driver for CUDA 12 or newer");
-  }
-  return found;
+  return result == cudaDriverEntryPointSuccess ? found : nullptr;
 }
 
 // One for all layers of the current device: they fetch one after the other.
@@ -72,6 +69,9 @@ HostCopy::HostCopy(CopySource source, int32_t slots)
   std::memset(memory_.bytes(), 0, sizes.bytes());
   Slices slices(memory_.bytes());
   orders_ = take_orders(&slices, slots);  // page-locked memory has one address, on the host and on the device
+  // Some drivers have the function and refuse to do it. The flags mean nothing yet.
+  works_ = write_value_ != nullptr && raise(0, kAllThere) == 0;
+  if (works_) MOE_CUDA_CHECK(cudaStreamSynchronize(stream_->get()));
 }
 
 void HostCopy::copy(cudaStream_t stream) {
@@ -102,22 +102,23 @@ void HostCopy::wait_for_orders(cudaStream_t stream) {
 void HostCopy::copy_expert(FetchItem const& item) {
   uint8_t* const slot = source_.slots + static_cast<uint64_t>(item.slot) * source_.slot_bytes;
   size_t const parts = source_.parts.size();
-  for (size_t i = 0; i < parts; ++i) {
+  int status = 0;
+  for (size_t i = 0; i < parts && status == 0; ++i) {
     auto const& part = source_.parts[i];
-    if (part.late && i > 0 && !source_.parts[i - 1].late) raise(item.slot, kFirstThere);
+    if (part.late && i > 0 && !source_.parts[i - 1].late) status = raise(item.slot, kFirstThere);
     void const* const from = source_.addresses[static_cast<size_t>(item.expert) * parts + i];
     MOE_CUDA_CHECK(
         cudaMemcpyAsync(slot + part.offset_in_slot, from, part.bytes, cudaMemcpyHostToDevice, stream_->get()));
   }
-  raise(item.slot, kAllThere);
-}
-
-void HostCopy::raise(int32_t slot, uint32_t value) {
-  auto const write = reinterpret_cast<WriteValue>(write_value_);
-  int const status = write(stream_->get(), reinterpret_cast<uintptr_t>(source_.there + slot), value, 0);
+  if (status == 0) status = raise(item.slot, kAllThere);
   if (status != 0) {
     throw Error(MOE_INFER_CUDA, "CUDA: cuStreamWriteValue32 failed with " + std::to_string(status));
   }
+}
+
+int HostCopy::raise(int32_t slot, uint32_t value) {
+  auto const write = reinterpret_cast<WriteValue>(write_value_);
+  return write(stream_->get(), reinterpret_cast<uintptr_t>(source_.there + slot), value, 0);
 }
 
 }  // namespace moe_infer

@@ -36,6 +36,8 @@ class HostCopy {
   // Throws Error(MOE_INFER_CUDA).
   HostCopy(CopySource source, int32_t slots);
 
+  // False where the driver cannot raise flags in a stream; then the rest is of no use.
+  bool works() const { return works_; }
   // For the kernel that plans.
   CopyOrders const& orders() const { return orders_; }
   CopySource const& source() const { return source_; }
@@ -46,14 +48,15 @@ class HostCopy {
  private:
   void wait_for_orders(cudaStream_t stream);
   void copy_expert(FetchItem const& item);
-  void raise(int32_t slot, uint32_t value);
+  int raise(int32_t slot, uint32_t value);  // the driver's status, 0: done
 
   CopySource source_;
   PinnedMemory memory_;
   CopyOrders orders_;
   uint32_t seen_ = 0;  // number of the last orders
   std::shared_ptr<Stream> stream_;
-  void* write_value_;  // the driver's cuStreamWriteValue32
+  void* write_value_;  // the driver's cuStreamWriteValue32; null: it has none
+  bool works_ = false;
 };
 
 }  // namespace moe_infer
