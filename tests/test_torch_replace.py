@@ -283,7 +283,7 @@ def test_an_adapter_of_ones_own(tmp_path: Path) -> None:
         model, tmp_path / "experts.safetensors", adapters=[_OwnAdapter()]
     )
     assert "2 MoE modules replaced" in str(report)
-    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
+    assert_close(model(x).detach().numpy(), before.numpy(), "float32")
     moe_torch.export(model, (x,), tmp_path / "model.onnx", input_names=["x"])
     session = moe_infer.InferenceSession(tmp_path / "model.onnx", providers=CPU)
     (y,) = session.run(None, {"x": x.numpy()})
