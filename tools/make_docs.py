@@ -192,11 +192,6 @@ def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") 
     return table(("MoE layers, bfloat16, one token", "by", "ms", "floor", "experts hit"), rows)
 
 
-def earlier_streaming_table() -> str:
-    """The same of a run with an earlier version, which reached other points."""
-    return streaming_table(ROOT / "benchmarks/results/streaming_earlier.json")
-
-
 def models() -> str:
     """What becomes of real models' exports, as tests/test_models.py found it."""
     rows = []
@@ -241,7 +236,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "resident_claims": resident_claims,
     "streaming": streaming_table,
     "streaming_in_short": streaming_in_short,
-    "streaming_earlier": earlier_streaming_table,
     "policies": policy_study(tables.by_trace),
     "budgets": policy_study(tables.by_budget),
     "circles": policy_study(tables.circles),
