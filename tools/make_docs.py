@@ -33,6 +33,7 @@ FILES = (
     "docs/models.md",
     "docs/scheduling.md",
     "docs/fetching.md",
+    "docs/fetching-ahead.md",
     "docs/kernels.md",
 )
 RESIDENT_COLUMNS = (
