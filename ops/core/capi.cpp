@@ -79,7 +79,10 @@ int moe_infer_layer_create(const moe_infer_attribute* attributes, int32_t count,
   });
 }
 
-void moe_infer_layer_destroy(moe_infer_layer* layer) { delete layer; }
+void moe_infer_layer_destroy(moe_infer_layer* layer) {
+  delete layer;
+  cudaGetLastError();  // what CUDA refused to free is not the next call's error
+}
 
 int moe_infer_layer_workspace(const moe_infer_layer* layer, int64_t tokens, size_t* bytes) {
   return guarded_cuda([&] {

@@ -35,6 +35,18 @@ class DeviceGuard {
   bool restore_ = false;
 };
 
+// While it lives, this thread may do what a capture by another thread forbids to all.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(RelaxedCapture const&) = delete;
+  RelaxedCapture& operator=(RelaxedCapture const&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 inline int current_device() {
   int device = 0;
   MOE_CUDA_CHECK(cudaGetDevice(&device));

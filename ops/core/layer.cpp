@@ -44,6 +44,9 @@ DeviceMemory upload(std::vector<float> const& values, char const* what) {
   size_t const bytes = sizeof(float) * values.size();
   auto memory = allocate_device(bytes, what, "free some GPU memory");
   MOE_CUDA_CHECK(cudaMemcpy(memory.bytes(), values.data(), bytes, cudaMemcpyHostToDevice));
+  // It may be on its way still, and runs are on streams that do not wait for it.
+  cudaStream_t const default_stream = nullptr;
+  MOE_CUDA_CHECK(cudaStreamSynchronize(default_stream));
   return memory;
 }
 
@@ -188,6 +191,10 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   MOE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
   bool const captures = capture != cudaStreamCaptureStatusNone;
+  // When another thread captures a graph of its own, CUDA would refuse that this one waits for its stream, and would
+  // give up that capture.
+  std::optional<RelaxedCapture> relaxed;
+  if (!captures) relaxed.emplace();
   auto const experts = who_brings(tokens, captures);
   // On several streams: a fetch by the device must not overwrite what a run on another stream still reads. ExpertCache
   // knows that for each slot; the device does not. A graph cannot wait for what is outside of it.
@@ -196,7 +203,10 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
   try {
     run_experts(experts, hidden_states, router_logits, output, tokens, workspace, stream);
   } catch (...) {
-    if (in_turn) streamed_->record(stream);  // part of the work may be enqueued
+    if (in_turn) {
+      if (experts != Experts::kFromHost) device_fetch_->forget(stream);
+      streamed_->record(stream);  // part of the work may be enqueued
+    }
     throw;
   }
   if (in_turn) streamed_->record(stream);

@@ -72,7 +72,8 @@ class MoELayer {
 
   LayerPlan const& plan() const { return plan_; }
   // What the layer did so far. Any thread, also while others run it; may wait for the device, which a run never does to
-  // count. A resident layer's choices stay on the device: it counts runs and tokens, and not the uses of its experts.
+  // count: so not while a CUDA graph is captured on the device, which CUDA would give up. A resident layer's choices
+  // stay on the device: it counts runs and tokens, and not the uses of its experts.
   LayerStatistics statistics() const;
   // What a user should know about how the experts reach the device, as a sentence for a log; "" if nothing.
   std::string note() const;

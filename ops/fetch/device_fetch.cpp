@@ -108,7 +108,6 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode)
   by_kernels_.blocks = blocks_from_environment();
   by_host_.source = by_kernels_.source;
   by_host_.tables = tables_;
-  by_host_.tables.orders = host_copy_->orders();
   bool const by_kernels = mode == FetchMode::kDevice || (mode == FetchMode::kAuto && !host_copies_faster());
   faster_copier_ = by_kernels ? Copier::kKernels : Copier::kHost;
   MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));  // what measuring left
@@ -167,26 +166,33 @@ bool DeviceFetch::host_copies_faster() const {
   return host_can_copy() && rates.engine > 0 && saved > kHostSeconds;
 }
 
+FetchTables DeviceFetch::tables_of_call(Copier copier) const {
+  FetchTables tables = tables_;
+  if (copier == Copier::kHost) tables.orders = host_copy_->next_orders();
+  return tables;
+}
+
 void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const {
-  plan_fetch(policy_, experts_, slots_, counts, copy(copier).tables, overlap, stream);
-  if (copier == Copier::kHost) copy_from_host(stream);
+  plan_fetch(policy_, experts_, slots_, counts, tables_of_call(copier), overlap, stream);
+  if (copier == Copier::kHost) host_copy_->copy(stream);
   copy_experts(copy(copier), overlap, stream);
 }
 
 void DeviceFetch::select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
                                   Routing const& routing, cudaStream_t stream) const {
-  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, copy(copier).tables, stream);
-  if (copier == Copier::kHost) copy_from_host(stream);
+  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), stream);
+  if (copier == Copier::kHost) host_copy_->copy(stream);
 }
 
-void DeviceFetch::copy_from_host(cudaStream_t stream) const {
+void DeviceFetch::forget(cudaStream_t stream) const noexcept {
   try {
-    host_copy_->copy(stream);
+    host_copy_->order_before(stream);  // a copy on its way must not end in a slot that was given to another expert
+    auto const experts = static_cast<size_t>(experts_);
+    auto const slots = static_cast<size_t>(slots_);
+    MOE_CUDA_CHECK(cudaMemsetAsync(tables_.slot_of_expert, -1, sizeof(int32_t) * experts, stream));
+    MOE_CUDA_CHECK(cudaMemsetAsync(tables_.expert_of_slot, -1, sizeof(int32_t) * slots, stream));
   } catch (...) {
-    // Not all that the tables say is there has come: nothing is.
-    cudaMemsetAsync(tables_.slot_of_expert, -1, sizeof(int32_t) * static_cast<size_t>(experts_), stream);
-    cudaMemsetAsync(tables_.expert_of_slot, -1, sizeof(int32_t) * static_cast<size_t>(slots_), stream);
-    throw;
+    cudaGetLastError();
   }
 }
 

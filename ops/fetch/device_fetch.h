@@ -1,5 +1,5 @@
 // Experts that the device fetches by itself, without waiting for the host: routing stays on the device, a kernel
-// decides which slots they take, kernels or the copy engine (copy_thread.h) copy them out of page-locked host memory,
+// decides which slots they take, kernels or the copy engine (host_copy.h) copy them out of page-locked host memory,
 // and the kernels that compute run those that are there while others are on their way. So a layer that streams can be
 // captured in a CUDA graph.
 //
@@ -71,12 +71,15 @@ class DeviceFetch {
   // at the end of a process, the cache keeps those that it had.
   void hand_over(ExpertCache* cache) noexcept;
 
+  // After a call whose enqueueing failed somewhere: of what the tables say is there, not all has come, so nothing is.
+  void forget(cudaStream_t stream) const noexcept;
+
   // Adds what was counted here; waits for the device.
   void add_statistics(LayerStatistics* statistics) const;
 
  private:
   CacheTables on_host() const;  // the copy in page-locked memory
-  void copy_from_host(cudaStream_t stream) const;
+  FetchTables tables_of_call(Copier copier) const;
   CopySource list_sources(ExpertCache const& cache);
   bool host_copies_faster() const;
 

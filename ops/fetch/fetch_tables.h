@@ -33,12 +33,13 @@ struct Arrivals {
   uint64_t* last_wait = nullptr;  // (1) when somebody waited last in this call, in the device's nanoseconds; 0: nobody
 };
 
-// What a call orders from the host (host_copy.h), in page-locked memory. The number is written last, and differs from
-// that of the orders before.
+// What a call orders from the host (host_copy.h), in page-locked memory. The number is written last; the host says
+// which it will be, so that it takes no orders of a call that it gave up.
 struct CopyOrders {
   uint32_t* number = nullptr;  // (1); null: kernels copy, and nothing is ordered
   int32_t* count = nullptr;    // (1)
   FetchItem* items = nullptr;  // (slots)
+  uint32_t wanted = 0;         // the number of this call
 };
 
 // In place of a slot's number while its expert is on its way.

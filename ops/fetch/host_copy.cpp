@@ -79,13 +79,13 @@ void HostCopy::copy(cudaStream_t stream) {
   for (int32_t i = 0; i < *orders_.count; ++i) copy_expert(orders_.items[i]);
 }
 
+void HostCopy::order_before(cudaStream_t stream) const {
+  copied_.record(stream_->get());
+  copied_.order_before(stream);
+}
+
 void HostCopy::wait_for_orders(cudaStream_t stream) {
-  auto const has_come = [this] {
-    uint32_t const number = __atomic_load_n(orders_.number, __ATOMIC_ACQUIRE);
-    bool const is_new = number != seen_;
-    seen_ = number;
-    return is_new;
-  };
+  auto const has_come = [this] { return __atomic_load_n(orders_.number, __ATOMIC_ACQUIRE) == orders_.wanted; };
   for (;;) {
     for (int i = 0; i < kLooks; ++i) {
       if (has_come()) return;

@@ -38,12 +38,17 @@ class HostCopy {
 
   // False where the driver cannot raise flags in a stream; then the rest is of no use.
   bool works() const { return works_; }
-  // For the kernel that plans.
-  CopyOrders const& orders() const { return orders_; }
+  // For the kernel that plans the next call.
+  CopyOrders const& next_orders() {
+    ++orders_.wanted;
+    return orders_;
+  }
   CopySource const& source() const { return source_; }
-  // Waits until a kernel that was enqueued on `stream` since the last time has written its orders, and enqueues the
+  // Waits until the kernel that was given next_orders(), enqueued on `stream`, has written them, and enqueues the
   // copies. One thread at a time. Throws Error(MOE_INFER_CUDA), also for what went wrong in `stream`.
   void copy(cudaStream_t stream);
+  // What is enqueued on `stream` from now on waits for all copies so far. Throws Error(MOE_INFER_CUDA).
+  void order_before(cudaStream_t stream) const;
 
  private:
   void wait_for_orders(cudaStream_t stream);
@@ -53,7 +58,7 @@ class HostCopy {
   CopySource source_;
   PinnedMemory memory_;
   CopyOrders orders_;
-  uint32_t seen_ = 0;  // number of the last orders
+  Event copied_;
   std::shared_ptr<Stream> stream_;
   void* write_value_;  // the driver's cuStreamWriteValue32; null: it has none
   bool works_ = false;

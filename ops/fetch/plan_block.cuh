@@ -140,7 +140,7 @@ class BlockPlan {
     if (tables_.orders.number == nullptr) return;
     *tables_.orders.count = misses;
     __threadfence_system();
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(tables_.orders.number), "r"(static_cast<uint32_t>(clock_))
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(tables_.orders.number), "r"(tables_.orders.wanted)
                  : "memory");
   }
 

@@ -66,11 +66,13 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
                            FetchTables const& tables, cudaStream_t stream) {
+  LaunchShape shape;
+  shape.threads = kThreads;
+  shape.stream = stream;
   with_select_items(params.experts, [&](auto items) {
-    select_and_plan_kernel<decltype(items)::value><<<1, kThreads, 0, stream>>>(
-        params, scores, scores_dtype, routing.expert_of_choice, routing.weight_of_choice, settings, slots, tables);
+    launch(&select_and_plan_kernel<decltype(items)::value>, shape, params, scores, scores_dtype,
+           routing.expert_of_choice, routing.weight_of_choice, settings, slots, tables);
   });
-  MOE_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace moe_infer

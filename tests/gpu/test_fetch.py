@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,62 @@ def test_one_layer_from_two_threads(folder: Path, monkeypatch: pytest.MonkeyPatc
                     assert same_bits(run(layer, inputs[i], stream=stream), expected[i])
 
         in_threads(3, work)
+
+
+def test_a_run_that_waits_disturbs_no_capture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host waits for a plan behind long work, while another thread captures a graph."""
+    monkeypatch.setenv("MOE_INFER_FETCH", "host")
+    made = attributes_of(folder, "Gated_SiLU", "float16", 6, centroids=False)
+    x = make_input(1, D_MODEL, "float16")
+    calls = [logits_for((e, e + 1)) for e in range(0, 12, 2)]
+    with make_layer({**made, "max_concurrency": EXPERTS}, D_MODEL, "float16", "float32") as layer:
+        expected = [run(layer, x, logits) for logits in calls]
+    captured, ran = threading.Event(), threading.Event()
+    a = torch.ones(4, device="cuda")
+    torch.cuda._sleep(1)  # loads its kernel
+
+    def capture() -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            b = a + 1
+            captured.set()
+            ran.wait(30)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert b.tolist() == [2.0] * 4
+
+    with make_layer(made, D_MODEL, "float16", "float32") as layer:
+        given = [(Buffer(x.nbytes, x), Buffer(c.nbytes, c), Buffer(x.nbytes)) for c in calls]
+        workspace = Buffer(layer.workspace(1))
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+
+        def work(thread: int) -> None:
+            if thread == 0:
+                return capture()
+            captured.wait(30)
+            try:
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(20_000_000)
+                for hidden, logits, output in given:
+                    layer.run(
+                        hidden.address,
+                        logits.address,
+                        output.address,
+                        1,
+                        workspace.address,
+                        workspace.size,
+                        stream.cuda_stream,
+                    )
+            finally:
+                ran.set()
+
+        in_threads(2, work)
+        torch.cuda.synchronize()
+        for (_, _, output), right in zip(given, expected, strict=True):
+            assert same_bits(output.array(NUMPY["float16"], x.shape), right)
 
 
 @pytest.mark.parametrize(
