@@ -157,6 +157,12 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
   return Experts::kFromHost;
 }
 
+std::optional<Copier> MoELayer::copier_of(Experts experts) {
+  if (experts == Experts::kPlannedAndCopied) return Copier::kKernels;
+  if (experts == Experts::kPlanned) return Copier::kHost;
+  return std::nullopt;
+}
+
 MoELayer::~MoELayer() {
   if (device_fetch_ != nullptr && cache_->remembers()) {
     device_fetch_->hand_over(cache_.get());
@@ -204,7 +210,7 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
     run_experts(experts, hidden_states, router_logits, output, tokens, workspace, stream);
   } catch (...) {
     if (in_turn) {
-      if (experts != Experts::kFromHost) device_fetch_->forget(stream);
+      if (copier_of(experts)) device_fetch_->forget(stream);
       streamed_->record(stream);  // part of the work may be enqueued
     }
     throw;
@@ -217,22 +223,20 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   int64_t const rows = tokens * config.top_k;
-  bool const planned = experts == Experts::kPlannedAndCopied || experts == Experts::kPlanned;
   bool const overlap = experts != Experts::kFromHost && is_hopper();
-  auto const copier = experts == Experts::kPlanned ? Copier::kHost : Copier::kKernels;
+  auto const copier = copier_of(experts);
   auto const groups = all_groups(experts, workspace);
   bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
-  auto const token_copier = as_token && planned ? std::optional<Copier>(copier) : std::nullopt;
-  select(hidden_states, router_logits, tokens, workspace, token_copier, stream);
+  select(hidden_states, router_logits, tokens, workspace, as_token ? copier : std::nullopt, stream);
   if (as_token) {
-    run_token(hidden_states, output, workspace, groups, token_copier, overlap, stream);
+    run_token(hidden_states, output, workspace, groups, copier, overlap, stream);
     return;
   }
   group(hidden_states, tokens, workspace, overlap, stream);
   if (experts == Experts::kFromHost) {
     run_from_host(rows, workspace, stream);
   } else {
-    if (planned) device_fetch_->enqueue(copier, workspace.routing.counts, overlap, stream);
+    if (copier) device_fetch_->enqueue(*copier, workspace.routing.counts, overlap, stream);
     plan_.sub_layer().run(call(rows, workspace, groups, overlap, stream));
   }
   combine(workspace.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
@@ -292,7 +296,7 @@ ExpertGroups MoELayer::all_groups(Experts experts, Workspace const& workspace) c
     groups.slots = cache_->slots();
     groups.slot_bytes = cache_->slot_bytes();
   }
-  if (experts == Experts::kPlannedAndCopied || experts == Experts::kPlanned) {
+  if (copier_of(experts)) {
     groups.slot_of_group = device_fetch_->slot_of_expert();
     groups.arrivals = device_fetch_->arrivals();
   }

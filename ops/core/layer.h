@@ -89,6 +89,7 @@ class MoELayer {
 
   void make_cache();
   Experts who_brings(int64_t tokens, bool captures) const;
+  static std::optional<Copier> copier_of(Experts experts);  // none: no kernel plans
   void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace) const;
   void run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
                    Workspace const& workspace, cudaStream_t stream);

@@ -58,9 +58,9 @@ CopyRates measure(ExpertCopy copy, CopySource const& source, int32_t count, uint
   for (int32_t i = 0; i < count; ++i) items.push_back({i, i});
   MOE_CUDA_CHECK(cudaMemcpy(tables.items, items.data(), sizeof(FetchItem) * items.size(), cudaMemcpyHostToDevice));
   MOE_CUDA_CHECK(cudaMemcpy(tables.item_count, &count, sizeof(count), cudaMemcpyHostToDevice));
-  auto const most = static_cast<int32_t>(std::max<uint64_t>(1, kMostBytes / copy.chunk_bytes));
+  auto const most = static_cast<int32_t>(std::max<uint64_t>(1, kMostBytes / kChunkBytes));
   copy.source.chunk_count = std::min(copy.source.chunk_count, most);
-  uint64_t const bytes = std::min(expert_bytes, static_cast<uint64_t>(copy.source.chunk_count) * copy.chunk_bytes);
+  uint64_t const bytes = std::min(expert_bytes, static_cast<uint64_t>(copy.source.chunk_count) * kChunkBytes);
 
   CopyRates rates;
   double const total = static_cast<double>(bytes) * count;

@@ -12,8 +12,6 @@ namespace moe_infer {
 namespace {
 
 constexpr uint64_t kAlignment = 16;
-// What a block of 256 threads has in flight at once (copy_block.cuh), twice.
-constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
 // Enough for the bus's full speed: 256 KiB in flight. Half as much reaches half of it, twice as much no more.
 constexpr unsigned kBlocks = 8;
 
@@ -99,15 +97,12 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode)
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
       device_(current_device()) {
-  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &tables_, &shared_bytes_);
+  size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
   memory_ = allocate_device(bytes, "the tables of an expert cache", "free some GPU memory");
-  FetchTables::layout(experts_, slots_, memory_.bytes(), &tables_, &shared_bytes_);
+  FetchTables::layout(experts_, slots_, memory_.bytes(), &copy_.tables, &shared_bytes_);
   MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));
   host_copy_ = std::make_unique<HostCopy>(list_sources(cache), slots_);
-  by_kernels_.tables = tables_;
-  by_kernels_.blocks = blocks_from_environment();
-  by_host_.source = by_kernels_.source;
-  by_host_.tables = tables_;
+  copy_.blocks = blocks_from_environment();
   bool const by_kernels = mode == FetchMode::kDevice || (mode == FetchMode::kAuto && !host_copies_faster());
   faster_copier_ = by_kernels ? Copier::kKernels : Copier::kHost;
   MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));  // what measuring left
@@ -117,7 +112,7 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode)
   MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-// Fills by_kernels_.source in.
+// Fills copy_.source in.
 CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   auto const& tensors = cache.store().tensors();
   auto const& layout = cache.layout();
@@ -143,13 +138,12 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   }
   found.slots = const_cast<uint8_t*>(cache.slots());
   found.slot_bytes = cache.slot_bytes();
-  found.there = tables_.arrivals.there;
+  found.there = copy_.tables.arrivals.there;
 
   auto const chunks = chunks_of(first, layout);
   sources_ = upload(on_device);
   chunks_ = upload(chunks);
-  by_kernels_.chunk_bytes = kChunkBytes;
-  auto& source = by_kernels_.source;
+  auto& source = copy_.source;
   source.tensors = sources_.as<uint8_t const*>();
   source.tensor_count = static_cast<int32_t>(tensors.size());
   source.chunks = chunks_.as<FetchChunk>();
@@ -161,13 +155,19 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
 
 bool DeviceFetch::host_copies_faster() const {
   auto const& source = host_copy_->source();
-  auto const rates = copy_rates(by_kernels_, source, experts_, slots_);
+  auto const rates = copy_rates(copy_, source, experts_, slots_);
   double const saved = static_cast<double>(source.expert_bytes()) * (rates.kernel - rates.engine);
   return host_can_copy() && rates.engine > 0 && saved > kHostSeconds;
 }
 
+ExpertCopy DeviceFetch::copy(Copier copier) const {
+  ExpertCopy copy = copy_;
+  if (copier == Copier::kHost) copy.blocks = 0;
+  return copy;
+}
+
 FetchTables DeviceFetch::tables_of_call(Copier copier) const {
-  FetchTables tables = tables_;
+  FetchTables tables = copy_.tables;
   if (copier == Copier::kHost) tables.orders = host_copy_->next_orders();
   return tables;
 }
@@ -189,8 +189,8 @@ void DeviceFetch::forget(cudaStream_t stream) const noexcept {
     host_copy_->order_before(stream);  // a copy on its way must not end in a slot that was given to another expert
     auto const experts = static_cast<size_t>(experts_);
     auto const slots = static_cast<size_t>(slots_);
-    MOE_CUDA_CHECK(cudaMemsetAsync(tables_.slot_of_expert, -1, sizeof(int32_t) * experts, stream));
-    MOE_CUDA_CHECK(cudaMemsetAsync(tables_.expert_of_slot, -1, sizeof(int32_t) * slots, stream));
+    MOE_CUDA_CHECK(cudaMemsetAsync(copy_.tables.slot_of_expert, -1, sizeof(int32_t) * experts, stream));
+    MOE_CUDA_CHECK(cudaMemsetAsync(copy_.tables.expert_of_slot, -1, sizeof(int32_t) * slots, stream));
   } catch (...) {
     cudaGetLastError();
   }
@@ -211,7 +211,8 @@ void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
   std::memcpy(staging_.bytes(), &from.clock, sizeof(from.clock));
   MOE_CUDA_CHECK(cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
   // Whatever is in a slot by then is there: so many ones are more than kAllThere.
-  MOE_CUDA_CHECK(cudaMemsetAsync(tables_.arrivals.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
+  MOE_CUDA_CHECK(
+      cudaMemsetAsync(copy_.tables.arrivals.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
 }
 
 void DeviceFetch::hand_over(ExpertCache* cache) noexcept {
@@ -246,15 +247,15 @@ void DeviceFetch::add_statistics(LayerStatistics* statistics) const {
   FetchCounters counters;
   std::vector<int64_t> uses(static_cast<size_t>(experts_));
   MOE_CUDA_CHECK(cudaDeviceSynchronize());  // the caller's streams are not known here
-  MOE_CUDA_CHECK(cudaMemcpy(&counters, tables_.counters, sizeof(counters), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), tables_.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), tables_.slot_of_expert, sizeof(int32_t) * uses.size(),
-                            cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&counters, copy_.tables.counters, sizeof(counters), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(uses.data(), copy_.tables.uses, sizeof(int64_t) * uses.size(), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(statistics->slot_of_expert.data(), copy_.tables.slot_of_expert,
+                            sizeof(int32_t) * uses.size(), cudaMemcpyDeviceToHost));
   for (size_t i = 0; i < uses.size(); ++i) statistics->uses[i] += uses[i];
   uint64_t last_wait = 0;
   uint64_t planned = 0;
-  MOE_CUDA_CHECK(cudaMemcpy(&last_wait, tables_.arrivals.last_wait, sizeof(last_wait), cudaMemcpyDeviceToHost));
-  MOE_CUDA_CHECK(cudaMemcpy(&planned, tables_.planned, sizeof(planned), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&last_wait, copy_.tables.arrivals.last_wait, sizeof(last_wait), cudaMemcpyDeviceToHost));
+  MOE_CUDA_CHECK(cudaMemcpy(&planned, copy_.tables.planned, sizeof(planned), cudaMemcpyDeviceToHost));
   auto const last_stall = last_wait > planned ? static_cast<int64_t>(last_wait - planned) : 0;
   statistics->counters.stall_ns = counters.stall_ns + last_stall;
   statistics->counters.hits += counters.hits;

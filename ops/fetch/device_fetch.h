@@ -53,14 +53,14 @@ class DeviceFetch {
   // experts, as copy() says.
   void select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
                        Routing const& routing, cudaStream_t stream) const;
-  ExpertCopy const& copy(Copier copier) const { return copier == Copier::kHost ? by_host_ : by_kernels_; }
+  ExpertCopy copy(Copier copier) const;
   // Outside of CUDA graphs.
   Copier faster_copier() const { return faster_copier_; }
   bool host_can_copy() const { return host_copy_->works(); }
   // Where enqueue finds and puts experts.
-  int32_t const* slot_of_expert() const { return tables_.slot_of_expert; }
-  int32_t const* slot_of_choice() const { return tables_.slot_of_choice; }
-  Arrivals const& arrivals() const { return tables_.arrivals; }
+  int32_t const* slot_of_expert() const { return copy_.tables.slot_of_expert; }
+  int32_t const* slot_of_choice() const { return copy_.tables.slot_of_choice; }
+  Arrivals const& arrivals() const { return copy_.tables.arrivals; }
 
   // For a call that the host drives. begin_take copies the tables as `stream` has them; when the stream is there,
   // end_take hands them to the cache; return_tables brings them back, in the order of `stream`. One call at a time.
@@ -89,9 +89,8 @@ class DeviceFetch {
   DeviceMemory memory_, sources_, chunks_;
   PinnedMemory staging_;
   size_t shared_bytes_ = 0;
-  FetchTables tables_;
   std::unique_ptr<HostCopy> host_copy_;
-  ExpertCopy by_kernels_, by_host_;
+  ExpertCopy copy_;
   Copier faster_copier_ = Copier::kHost;
 };
 

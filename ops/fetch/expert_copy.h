@@ -7,6 +7,10 @@
 
 namespace moe_infer {
 
+// Of every chunk but the last of each tensor: what a block of 256 threads has in flight at once (copy_block.cuh),
+// twice.
+constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
+
 // A part of an expert that a block copies at once.
 struct FetchChunk {
   int32_t tensor;
@@ -28,8 +32,7 @@ struct FetchSource {
 struct ExpertCopy {
   FetchSource source;
   FetchTables tables;
-  uint64_t chunk_bytes = 0;  // of every chunk but the last of each tensor
-  uint32_t blocks = 0;       // that share out the chunks; 0: kernels copy nothing
+  uint32_t blocks = 0;  // that share out the chunks; 0: kernels copy nothing
 };
 
 }  // namespace moe_infer
