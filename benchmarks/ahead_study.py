@@ -7,7 +7,7 @@ What is simulated is said in moe_infer/simulate/ahead.py. Guesses are of two kin
 traces a guessed score is the true one plus normal noise, as much as gives a stated recall: the part
 of the chosen experts that is among as many guesses. In the repository's trained models guesses are
 what the next layer's router makes of a layer's hidden states, as in prefetch_study.py. Runs on the
-CPU; writes benchmarks/results/ahead_study.json, whose tables stand in docs/scheduling.md.
+CPU; writes benchmarks/results/ahead_study.json, whose tables stand in docs/fetching-ahead.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import prefetch_study
 import record_traces
+from prefetch_study import best
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -140,11 +141,6 @@ def fitted(scores: Array, noise: Array, choices: Array, target: float) -> float:
         guess = best(scores[some] + middle * noise[some], choices.shape[-1])
         low, high = (middle, high) if recall(guess, choices[some]) > target else (low, middle)
     return low
-
-
-def best(scores: Array, count: int) -> Array:
-    """The largest ``count`` of the last axis, largest first."""
-    return np.argsort(-scores, axis=-1, kind="stable")[..., :count].astype(np.uint8)
 
 
 def recall(guess: Array, chosen: Array) -> float:
@@ -264,7 +260,7 @@ def routers_guesses(sequences: list[list[prefetch_study.Layer]]) -> Guessed:
         choices.append([layer.chosen for layer in layers])
         guesses.append(
             [
-                prefetch_study.best(last.hidden @ layer.router, top_k)
+                best(last.hidden @ layer.router, top_k)
                 for last, layer in zip(before, layers, strict=True)
             ]
         )

@@ -1,9 +1,11 @@
-"""The tables of docs/scheduling.md from benchmarks/results/ahead_study.json."""
+"""The tables of docs/fetching-ahead.md from benchmarks/results/ahead_study.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from moe_bench.report import markdown_table
 
 
 def speeds(record: Mapping[str, Any], model: str, place: str) -> str:
@@ -18,7 +20,7 @@ def speeds(record: Mapping[str, Any], model: str, place: str) -> str:
         cells = [f"{gain(row['ms'], value)}" for way in ways for value in row[way].values()]
         first = [str(row["slots"]), f"{percent(row['hit_rate'])} %", str(row["idle_us"])]
         lines.append([*first, f"{row['ms']:.1f}", *cells])
-    return table(header, lines)
+    return markdown_table(header, lines, texts=0)
 
 
 def quality(record: Mapping[str, Any]) -> str:
@@ -33,7 +35,7 @@ def quality(record: Mapping[str, Any]) -> str:
         rates += [row["hit_rate"]["spare"], row["hit_rate"]["slot"]]
         cells = [percent(rate, 1) for rate in rates]
         lines.append([row["model"], str(row["slots"]), percent(row["recall"]), *cells])
-    return table(header, lines, names=1)
+    return markdown_table(header, lines, texts=1)
 
 
 def ways(record: Mapping[str, Any], model: str) -> str:
@@ -46,7 +48,7 @@ def ways(record: Mapping[str, Any], model: str) -> str:
             if row["way"] == way:
                 cells = [gain(row["without"][idle], value) for idle, value in row["ms"].items()]
                 lines.append([way, str(row["slots"]), percent(row["precision"]), *cells])
-    return table(header, lines, names=1)
+    return markdown_table(header, lines, texts=1)
 
 
 def recorded(record: Mapping[str, Any]) -> str:
@@ -73,7 +75,7 @@ def recorded(record: Mapping[str, Any]) -> str:
                 gain(times[idles[-1]]["without"], times[idles[-1]]["counts"]),
             ]
         )
-    return table(header, lines, names=1)
+    return markdown_table(header, lines, texts=1)
 
 
 def gain(without: float, ms: float) -> str:
@@ -84,10 +86,3 @@ def gain(without: float, ms: float) -> str:
 def percent(rate: float, digits: int = 0) -> str:
     """Of a rate."""
     return f"{100 * rate:.{digits}f}"
-
-
-def table(header: Iterable[str], lines: Iterable[Iterable[str]], names: int = 0) -> str:
-    """Markdown; the first ``names`` columns are text."""
-    header = list(header)
-    rules = [*["---"] * names, *["---:"] * (len(header) - names)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rules, *lines))

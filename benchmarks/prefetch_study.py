@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import record_traces
+from moe_bench.report import markdown_table
 from onnx import helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,8 +128,8 @@ def layer_of(layer: LayerNode, router: Array, hidden: Array, logits: Array) -> L
 
 
 def best(scores: Array, count: int) -> Array:
-    """The largest ``count`` of each row, ties to the lower index."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    """The largest ``count`` of the last axis, largest first, ties to the lower index."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :count]
 
 
 def study(sequences: Sequence[Sequence[Layer]]) -> list[dict[str, Any]]:
@@ -170,15 +171,12 @@ def recall(guess: Array, chosen: Array) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown; also the one in docs/scheduling.md."""
     names = ("router + 0", "router + 1", "router + 2", "token before", "chosen most", "chance")
-    lines = [
-        "| model | layers | top-k | " + " | ".join(names) + " |",
-        "| --- | --- | ---: | " + " | ".join("---:" for _ in names) + " |",
-    ]
+    lines = []
     for row in rows:
-        figures = " | ".join(f"{100 * row[name]:.1f}" for name in names)
         pair = f"{row['from'].split('.')[-1]} to {row['to'].split('.')[-1]}"
-        lines.append(f"| {row['model']} | {pair} | {row['top_k']} | {figures} |")
-    return "\n".join(lines)
+        figures = [f"{100 * row[name]:.1f}" for name in names]
+        lines.append([row["model"], pair, str(row["top_k"]), *figures])
+    return markdown_table(["model", "layers", "top-k", *names], lines, texts=2)
 
 
 if __name__ == "__main__":

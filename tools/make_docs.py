@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ahead_tables  # noqa: E402
 import prefetch_study  # noqa: E402
 from moe_bench import cases, report  # noqa: E402
+from moe_bench.report import markdown_table  # noqa: E402
 from moe_bench.streaming import report as streaming_report  # noqa: E402
 from policies import tables  # noqa: E402
 
@@ -47,12 +48,6 @@ RESIDENT_COLUMNS = (
 )
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def inputs() -> str:
     """Inputs and output of the operator."""
     types = ", ".join(op.DTYPES)
@@ -66,7 +61,7 @@ def inputs() -> str:
         ),
         ("output 0", "", "type and shape of input 0"),
     ]
-    return table(("", "name", "type and shape"), rows)
+    return markdown_table(("", "name", "type and shape"), rows)
 
 
 def attributes() -> str:
@@ -75,13 +70,13 @@ def attributes() -> str:
     for a in op.ATTRIBUTES:
         default = "required" if a.required else "" if a.default is None else f"`{a.default!r}`"
         rows.append((f"`{a.name}`", a.kind, default, a.meaning))
-    return table(("attribute", "type", "default", "meaning"), rows)
+    return markdown_table(("attribute", "type", "default", "meaning"), rows)
 
 
 def routers() -> str:
     """The values of `moe_variant`."""
     rows = [(f"`{r.name}`", r.meaning) for r in op.ROUTERS.values()]
-    return table(("`moe_variant`", "how a token finds its experts"), rows)
+    return markdown_table(("`moe_variant`", "how a token finds its experts"), rows)
 
 
 def sublayers() -> str:
@@ -92,7 +87,7 @@ def sublayers() -> str:
         if s.biases:
             names += f"; biases {', '.join(f'`{t.name}`' for t in s.biases)}"
         rows.append((f"`{s.name}`", s.meaning, names))
-    return table(("sub-layer", "output for input x", "tensors"), rows)
+    return markdown_table(("sub-layer", "output for input x", "tensors"), rows)
 
 
 def tensors() -> str:
@@ -114,7 +109,7 @@ def tensors() -> str:
         biases = any(t.name.endswith("_bias") for t in held)
         who = ", ".join(names) + (", with `expert_bias` 1 also" if biases else "")
         rows.append((who, "<br>".join(stacked), "<br>".join(parts)))
-    return table(("sub-layers", "stacked", "or, for each expert e"), rows)
+    return markdown_table(("sub-layers", "stacked", "or, for each expert e"), rows)
 
 
 def sublayer_example() -> str:
@@ -176,7 +171,7 @@ def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") 
     points = [p for p in json.loads(path.read_text())["points"] if "ms" in p]
     rows = []
     for p in points:
-        if p["part"] == "B" and p["tokens"] == 1 and p["slots"] < 128:
+        if p["part"] == "B" and p["tokens"] == 1 and p["slots"] < cases.CASES[p["case"]].experts:
             who = f"48 layers of 128 experts, top 8, 2048 x 768; slots for {p['slots']}"
         elif p["part"] == "C" and p["state"] == "cold":
             who = f"4 layers of 8 experts, top 2, 4096 x 14336; slots for {p['slots']}, no hits"
@@ -190,7 +185,9 @@ def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") 
         }.get(p["mode"], p["mode"])
         hits = streaming_report.percent(p.get("hit_rate"))
         rows.append((who, by, report.number(p["ms"]), report.number(p.get("floor_ms")), hits))
-    return table(("MoE layers, bfloat16, one token", "by", "ms", "floor", "experts hit"), rows)
+    return markdown_table(
+        ("MoE layers, bfloat16, one token", "by", "ms", "floor", "experts hit"), rows
+    )
 
 
 def models() -> str:
@@ -204,7 +201,7 @@ def models() -> str:
             result = (str(entry["blocks"]), f"{entry['difference']:.0e}")
         rows.append((family, exporter, version, *result))
     header = ("model", "exporter", "transformers", "MoE blocks found", "largest difference")
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def policy_study(make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:

@@ -203,9 +203,13 @@ def _ratio(claim: str, dtype: str, ratios: Sequence[float], of: int, mean: float
 # --- Tables
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], texts: int | None = None
+) -> str:
+    """A Markdown table; columns after the first ``texts`` are numbers, which stand to the right."""
+    left = len(header) if texts is None else texts
+    rules = ["---"] * left + ["---:"] * (len(header) - left)
+    lines = [list(header), rules, *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

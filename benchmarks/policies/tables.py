@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from moe_bench.report import markdown_table
 
 
 def by_trace(record: Mapping[str, Any]) -> str:
@@ -20,7 +22,7 @@ def by_trace(record: Mapping[str, Any]) -> str:
             for name, cell in zip(names, cells, strict=True)
         ]
         lines.append([row["trace"], *bold])
-    return _table(["hit rate in %", *names], lines)
+    return markdown_table(["hit rate in %", *names], lines, texts=1)
 
 
 def by_budget(record: Mapping[str, Any]) -> str:
@@ -30,7 +32,7 @@ def by_budget(record: Mapping[str, Any]) -> str:
         [row["trace"], str(row["slots"]), *(f"{100 * row['hit_rate'][name]:.1f}" for name in names)]
         for row in record["rows"]
     ]
-    return _table(["hit rate in %", "slots", *names], lines)
+    return markdown_table(["hit rate in %", "slots", *names], lines, texts=1)
 
 
 def circles(record: Mapping[str, Any]) -> str:
@@ -38,7 +40,7 @@ def circles(record: Mapping[str, Any]) -> str:
     found = record["circle"]
     names = list(next(iter(found.values())))
     lines = [[title, *(f"{cell[name]:.1f}" for name in names)] for title, cell in found.items()]
-    return _table(["misses a round", *names], lines)
+    return markdown_table(["misses a round", *names], lines, texts=1)
 
 
 def informed(record: Mapping[str, Any]) -> str:
@@ -49,7 +51,7 @@ def informed(record: Mapping[str, Any]) -> str:
         [locality, *(f"{100 * cell[name]:.1f}" for name in names)]
         for locality, cell in found.items()
     ]
-    return _table(["locality", *names], lines)
+    return markdown_table(["locality", *names], lines, texts=1)
 
 
 def shared(record: Mapping[str, Any]) -> str:
@@ -57,10 +59,4 @@ def shared(record: Mapping[str, Any]) -> str:
     found = record["shared"]
     names = list(next(iter(found.values())))
     lines = [[title, *(f"{100 * cell[n]:.1f}" for n in names)] for title, cell in found.items()]
-    return _table(["hit rate in %", *names], lines)
-
-
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(["hit rate in %", *names], lines, texts=1)

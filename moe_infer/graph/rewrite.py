@@ -23,7 +23,7 @@ from moe_infer.graph.experts_file import (
     write_experts,
 )
 from moe_infer.graph.external import WEIGHT_DTYPES, Constant, all_tensors
-from moe_infer.graph.known_sizes import fold_known_sizes
+from moe_infer.graph.for_tensorrt import suit_tensorrt
 from moe_infer.graph.layer_checks import ReplaceError, check_types
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.outputs import make_folder
@@ -32,7 +32,6 @@ from moe_infer.graph.region import check_region
 from moe_infer.graph.replace import replace_with_moe_layer
 from moe_infer.graph.report import LayerReport, RewriteReport
 from moe_infer.graph.save import bytes_to_move, save_model
-from moe_infer.graph.scatter_to_concat import concatenate_scatters
 from moe_infer.graph.shapes import ValueTypes, infer_types
 from moe_infer.op import LayerConfig
 from moe_infer.weights import open_expert_weights, open_weight_file
@@ -124,8 +123,7 @@ def rewrite(
             _replace(proto, types, i, layer, config, copy_shared_weights, renamed, left)
         )
     remove_unread(proto, left)
-    fold_known_sizes(proto, types)
-    concatenate_scatters(proto, types)
+    suit_tensorrt(proto, types)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_infer.simulate.timing import check_rates
 from moe_infer.simulate.trace import Trace
 
 Array = np.ndarray[Any, Any]
@@ -56,13 +57,7 @@ class Pace:
     stop_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least_open = name in ("expert_bytes", "bus")
-            if not np.isfinite(value) or value < 0 or (least_open and value == 0):
-                raise ValueError(
-                    f"{name} must be a number {'above' if least_open else 'of at least'} 0, got"
-                    f" {value}"
-                )
+        check_rates(self)
 
 
 @dataclass(frozen=True)

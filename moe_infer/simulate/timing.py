@@ -10,6 +10,20 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+def check_rates(measured: object) -> None:
+    """Checks the numbers of a dataclass: ``expert_bytes`` and ``bus`` are above 0, none is below.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in vars(measured).items():
+        least_open = name in ("expert_bytes", "bus")
+        if not np.isfinite(value) or value < 0 or (least_open and value == 0):
+            raise ValueError(
+                f"{name} must be a number {'above' if least_open else 'of at least'} 0, got {value}"
+            )
+
+
 @dataclass(frozen=True)
 class Machine:
     """Measured rates, and the sizes of a layer.
@@ -29,13 +43,7 @@ class Machine:
     fetch_us: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least_open = name in ("expert_bytes", "bus")
-            if not np.isfinite(value) or value < 0 or (least_open and value == 0):
-                raise ValueError(
-                    f"{name} must be a number {'above' if least_open else 'of at least'} 0, got"
-                    f" {value}"
-                )
+        check_rates(self)
 
     def call_us(self, needed: Array, misses: Array) -> Array:
         """Microseconds of each call of a layer.

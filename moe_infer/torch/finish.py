@@ -8,10 +8,9 @@ from pathlib import Path
 import onnx
 
 from moe_infer.graph.edits import add_opset, add_value_info, rename_value
-from moe_infer.graph.known_sizes import fold_known_sizes
+from moe_infer.graph.for_tensorrt import suit_tensorrt
 from moe_infer.graph.lower_nodes import load_model, read_layers
 from moe_infer.graph.replace import digest_name
-from moe_infer.graph.scatter_to_concat import concatenate_scatters
 from moe_infer.graph.shapes import infer_types
 from moe_infer.weights.atomic import AtomicFile
 
@@ -23,8 +22,7 @@ def finish(path: str | os.PathLike[str]) -> list[str]:
     Runtime's engine cache tells models apart by names), there is a value_info for each value
     (MoELayer has no shape inference), the operator's domain is imported, and the layers are checked
     against their weight file. What says nothing new and TensorRT cannot read is removed
-    (moe_infer.graph.known_sizes, moe_infer.graph.scatter_to_concat). Doing it twice changes
-    nothing.
+    (moe_infer.graph.for_tensorrt). Doing it twice changes nothing.
 
     Args:
         path: of the graph; written anew, its external data stays. The weight file must be where the
@@ -66,7 +64,6 @@ def finish_model(model: onnx.ModelProto, folder: Path | None) -> list[str]:
             model.graph.node.append(
                 onnx.helper.make_node("Identity", [new], [old], f"{node.name}.output")
             )
-    fold_known_sizes(model, types)
-    concatenate_scatters(model, types)
+    suit_tensorrt(model, types)
     add_opset(model)
     return add_value_info(model, types)
