@@ -44,6 +44,14 @@ class _Inputs(ctypes.Structure):
     )
 
 
+class _NextLogits(ctypes.Structure):
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("expert_count", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 _STATS = (
     "runs",
     "tokens",
@@ -53,6 +61,8 @@ _STATS = (
     "bytes_fetched",
     "prefetches_used",
     "prefetches_wasted",
+    "prefetch_bytes_used",
+    "prefetch_bytes_wasted",
     "stall_ns",
 )
 
@@ -90,10 +100,11 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.POINTER(_Pointer),
     ],
     "moe_infer_layer_workspace": [_Pointer, ctypes.c_int64, ctypes.POINTER(ctypes.c_size_t)],
-    "moe_infer_layer_run": [
+    "moe_infer_layer_run_ahead": [
         _Pointer,  # layer
         _Pointer,  # hidden_states
         _Pointer,  # router_logits
+        ctypes.POINTER(_NextLogits),
         _Pointer,  # output
         ctypes.c_int64,
         _Pointer,  # workspace
@@ -124,6 +135,21 @@ class LayerInputs:
 
 
 @dataclass(frozen=True)
+class NextLogits:
+    """Input ``next_router_logits`` of a run: what the next layer's router makes of this one's input.
+
+    Attributes:
+        ptr: device address, (tokens, expert_count).
+        expert_count: of the MoE layer that runs next.
+        dtype: one of ``op.DTYPES``.
+    """
+
+    ptr: int
+    expert_count: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """What a layer did since it was made.
 
@@ -135,7 +161,9 @@ class LayerStats:
         evictions: experts that had to leave their slot.
         bytes_fetched: bytes of weights that went from host to device.
         prefetches_used: experts that were fetched ahead and then needed.
-        prefetches_wasted: experts that were fetched ahead and evicted before they were needed.
+        prefetches_wasted: experts that were fetched ahead, in part at least, and not needed.
+        prefetch_bytes_used: of those that were needed, what had come by then.
+        prefetch_bytes_wasted: of the others.
         stall_ns: nanoseconds for which runs waited for experts; -1 where it is not measured.
     """
 
@@ -147,6 +175,8 @@ class LayerStats:
     bytes_fetched: int
     prefetches_used: int
     prefetches_wasted: int
+    prefetch_bytes_used: int
+    prefetch_bytes_wasted: int
     stall_ns: int
 
 
@@ -318,6 +348,7 @@ class Layer:
         workspace_ptr: int | None,
         workspace_bytes: int,
         stream: int | None = None,
+        next_logits: NextLogits | None = None,
     ) -> None:
         """Enqueues the layer; returns before it is done unless it streams experts.
 
@@ -329,17 +360,24 @@ class Layer:
             workspace_ptr: device address of scratch memory.
             workspace_bytes: its size, at least ``workspace(tokens)``.
             stream: a ``cudaStream_t`` as an integer; None: the default stream.
+            next_logits: changes no result; lets a layer that streams guess what comes next.
 
         Raises:
             ValueError: an argument is wrong.
             WeightFileError: the file changed or is damaged.
             RuntimeError: CUDA failed.
         """
+        following = None
+        if next_logits is not None:
+            dtype = _dtype("next_router_logits", next_logits.dtype)
+            given = _NextLogits(next_logits.ptr, next_logits.expert_count, dtype)
+            following = ctypes.byref(given)
         _call(
-            "moe_infer_layer_run",
+            "moe_infer_layer_run_ahead",
             self._opened(),
             hidden_ptr,
             logits_ptr,
+            following,
             output_ptr,
             tokens,
             workspace_ptr,

@@ -94,9 +94,20 @@ int moe_infer_layer_workspace(const moe_infer_layer* layer, int64_t tokens, size
 
 int moe_infer_layer_run(moe_infer_layer* layer, const void* hidden_states, const void* router_logits, void* output,
                         int64_t tokens, void* workspace, size_t workspace_bytes, void* stream) {
+  return moe_infer_layer_run_ahead(layer, hidden_states, router_logits, nullptr, output, tokens, workspace,
+                                   workspace_bytes, stream);
+}
+
+int moe_infer_layer_run_ahead(moe_infer_layer* layer, const void* hidden_states, const void* router_logits,
+                              const moe_infer_next_logits* next, void* output, int64_t tokens, void* workspace,
+                              size_t workspace_bytes, void* stream) {
   return guarded_cuda([&] {
     check_not_null("moe_infer_layer_run", "layer", layer);
-    layer->layer.run(hidden_states, router_logits, output, tokens, workspace, workspace_bytes,
+    moe_infer::NextLogits given;
+    if (next != nullptr) {
+      given = {next->logits, next->expert_count, moe_infer::parse_dtype("next_router_logits", next->dtype)};
+    }
+    layer->layer.run(hidden_states, router_logits, given, output, tokens, workspace, workspace_bytes,
                      static_cast<cudaStream_t>(stream));
   });
 }

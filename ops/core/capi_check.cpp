@@ -17,6 +17,8 @@ constexpr size_t kDigestRoom = 64;  // promised by moe_infer.h
 thread_local std::string last_error;
 thread_local char const* last_error_text = "";
 
+}  // namespace
+
 DataType parse_dtype(char const* input, int32_t number) {
   switch (number) {
     case MOE_INFER_FLOAT32:
@@ -30,8 +32,6 @@ DataType parse_dtype(char const* input, int32_t number) {
                     " must be float32, float16 or bfloat16, got type number " + std::to_string(number));
   }
 }
-
-}  // namespace
 
 void set_last_error(char const* message) noexcept {
   try {

@@ -37,6 +37,8 @@ int guarded(Function&& function) noexcept {
 }
 
 // The inputs as the C entry gives them, with their types checked. Throws Error(MOE_INFER_INVALID).
+// `input` goes into the error's text.
+DataType parse_dtype(char const* input, int32_t number);
 LayerInputs parse_inputs(moe_infer_inputs const& inputs);
 
 }  // namespace moe_infer

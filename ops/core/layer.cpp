@@ -97,9 +97,9 @@ MoELayer::MoELayer(LayerConfig config, LayerInputs const& inputs) : plan_(config
     router_weights_.layernorm_weight = layernorm_weight_.as<float>();
   }
   if (config.router_bias) {
-    router_bias_ = upload(*config.router_bias, "router_bias");
+    router_bias_ = std::make_shared<DeviceMemory const>(upload(*config.router_bias, "router_bias"));
   }
-  router_params_ = params_of(config, router_bias_.as<float>());
+  router_params_ = params_of(config, router_bias_ == nullptr ? nullptr : router_bias_->as<float>());
   if (plan_.has_weights()) {
     make_cache();
   }
@@ -125,20 +125,20 @@ void MoELayer::make_cache() {
   fetch_mode_ = fetch_mode_from_environment();
   why_not_device_ = DeviceFetch::why_not(*cache_);
   if (why_not_device_.empty()) {
-    device_fetch_ = std::make_unique<DeviceFetch>(*cache_, fetch_mode_);
+    device_fetch_ = std::make_unique<DeviceFetch>(*cache_, fetch_mode_, router_params_, router_bias_);
   } else if (fetch_mode_ == FetchMode::kDevice) {
     throw invalid("MoELayer: the device cannot fetch (MOE_INFER_FETCH=device): " + why_not_device_);
   }
   if (fetch_mode_ == FetchMode::kHost) why_not_device_ = "MOE_INFER_FETCH=host";
 }
 
-MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures) const {
+MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures, bool ahead) const {
   auto const& config = plan_.config();
   int64_t const most_needed = std::min<int64_t>(tokens * config.top_k, config.expert_count);
   bool const fits = most_needed <= config.max_concurrency;
   if (device_fetch_ != nullptr && fits) {
     auto copier = device_fetch_->faster_copier();
-    if (fetch_mode_ == FetchMode::kAuto && tokens > kMostTokensForKernels) copier = Copier::kHost;
+    if (fetch_mode_ == FetchMode::kAuto && (tokens > kMostTokensForKernels || ahead)) copier = Copier::kHost;
     if (fetch_mode_ == FetchMode::kAuto && captures) copier = Copier::kKernels;
     if (copier == Copier::kKernels) return Experts::kPlannedAndCopied;
     if (!captures && device_fetch_->host_can_copy()) return Experts::kPlanned;
@@ -171,8 +171,8 @@ MoELayer::~MoELayer() {
 
 size_t MoELayer::workspace_bytes(int64_t tokens) const { return plan_.layout(tokens, nullptr, nullptr); }
 
-void MoELayer::run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
-                   size_t workspace_bytes, cudaStream_t stream) {
+void MoELayer::run(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
+                   int64_t tokens, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
   Workspace slices;
   size_t const needed = plan_.layout(tokens, static_cast<uint8_t*>(workspace), &slices);
   if (tokens > 0) {  // empty tensors may have no address
@@ -180,19 +180,20 @@ void MoELayer::run(void const* hidden_states, void const* router_logits, void* o
       throw invalid("MoELayer: the workspace for " + std::to_string(tokens) + " tokens must have " +
                     std::to_string(needed) + " bytes, got " + std::to_string(workspace_bytes));
     }
-    check_run(hidden_states, router_logits, output, workspace);
+    check_run(hidden_states, router_logits, next, output, workspace);
     if (plan_.streams()) {
-      run_streaming(hidden_states, router_logits, output, tokens, slices, stream);
+      run_streaming(hidden_states, router_logits, next, output, tokens, slices, stream);
     } else {
-      run_experts(Experts::kResident, hidden_states, router_logits, output, tokens, slices, stream);
+      note_run(nullptr, nullptr);
+      run_experts(Experts::kResident, hidden_states, router_logits, {}, output, tokens, slices, stream);
     }
   }
   ++runs_;
   tokens_ += tokens;
 }
 
-void MoELayer::run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
-                             Workspace const& workspace, cudaStream_t stream) {
+void MoELayer::run_streaming(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
+                             int64_t tokens, Workspace const& workspace, cudaStream_t stream) {
   std::lock_guard<std::mutex> const lock(streaming_);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   MOE_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
@@ -201,13 +202,20 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
   // give up that capture.
   std::optional<RelaxedCapture> relaxed;
   if (!captures) relaxed.emplace();
-  auto const experts = who_brings(tokens, captures);
+  bool const ahead = next.logits != nullptr && runs_single_token(tokens);
+  if (device_fetch_ != nullptr) {
+    device_fetch_->begin_run(ahead);
+  } else {
+    note_run(nullptr, nullptr);
+  }
+  auto const experts = who_brings(tokens, captures, ahead);
   // On several streams: a fetch by the device must not overwrite what a run on another stream still reads. ExpertCache
   // knows that for each slot; the device does not. A graph cannot wait for what is outside of it.
   bool const in_turn = device_fetch_ != nullptr && !captures;
   if (in_turn) streamed_->order_before(stream);
   try {
-    run_experts(experts, hidden_states, router_logits, output, tokens, workspace, stream);
+    run_experts(experts, hidden_states, router_logits, next, output, tokens, workspace, stream);
+    if (experts == Experts::kPlanned) device_fetch_->fetch_ahead();
   } catch (...) {
     if (in_turn) {
       if (copier_of(experts)) device_fetch_->forget(stream);
@@ -218,8 +226,9 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
   if (in_turn) streamed_->record(stream);
 }
 
-void MoELayer::run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output,
-                           int64_t tokens, Workspace const& workspace, cudaStream_t stream) {
+void MoELayer::run_experts(Experts experts, void const* hidden_states, void const* router_logits,
+                           NextLogits const& next, void* output, int64_t tokens, Workspace const& workspace,
+                           cudaStream_t stream) {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   int64_t const rows = tokens * config.top_k;
@@ -227,7 +236,7 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
   auto const copier = copier_of(experts);
   auto const groups = all_groups(experts, workspace);
   bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
-  select(hidden_states, router_logits, tokens, workspace, as_token ? copier : std::nullopt, stream);
+  select(hidden_states, router_logits, next, tokens, workspace, as_token ? copier : std::nullopt, stream);
   if (as_token) {
     run_token(hidden_states, output, workspace, groups, copier, overlap, stream);
     return;
@@ -243,7 +252,7 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
           workspace.routing, output, overlap, stream);
 }
 
-void MoELayer::check_run(void const* hidden_states, void const* router_logits, void* output,
+void MoELayer::check_run(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
                          void const* workspace) const {
   check_aligned("hidden_states", hidden_states, kTensorAlignment);
   check_aligned("output", output, kTensorAlignment);
@@ -251,6 +260,7 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   if (plan_.inputs().has_logits) {
     check_aligned("router_logits", router_logits, size_of(plan_.inputs().logits_dtype));
   }
+  if (next.logits != nullptr) check_aligned("next_router_logits", next.logits, size_of(next.dtype));
   int const device = current_device();
   if (device != device_) {
     throw invalid("MoELayer: the layer was made on CUDA device " + std::to_string(device_) +
@@ -258,8 +268,8 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, v
   }
 }
 
-void MoELayer::select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-                      std::optional<Copier> copier, cudaStream_t stream) const {
+void MoELayer::select(void const* hidden_states, void const* router_logits, NextLogits const& next, int64_t tokens,
+                      Workspace const& workspace, std::optional<Copier> copier, cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
   auto const& routing = workspace.routing;
@@ -270,7 +280,7 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, int6
   void const* const scores = inputs.has_logits ? router_logits : routing.scores;
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
   if (copier) {
-    device_fetch_->select_and_plan(*copier, router_params_, scores, scores_dtype, routing, stream);
+    device_fetch_->select_and_plan(*copier, router_params_, scores, scores_dtype, routing, next, stream);
   } else {
     select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
   }

@@ -66,9 +66,10 @@ class MoELayer {
   // Resident, or kernels fetch: enqueues only, so it can be captured in a CUDA graph. When the host copies it waits
   // once for the choice of the experts, hence refuses to be captured. The device must be the one on which the layer was
   // made. Several threads may run it, each on its own workspace and stream; while it streams they take turns. Replays
-  // of a graph that streams are ordered by the caller, with each other and with other runs of the layer.
-  void run(void const* hidden_states, void const* router_logits, void* output, int64_t tokens, void* workspace,
-           size_t workspace_bytes, cudaStream_t stream);
+  // of a graph that streams are ordered by the caller, with each other and with other runs of the layer. `next` changes
+  // no result; it is of use with a single token, whose experts the host copies.
+  void run(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output, int64_t tokens,
+           void* workspace, size_t workspace_bytes, cudaStream_t stream);
 
   LayerPlan const& plan() const { return plan_; }
   // What the layer did so far. Any thread, also while others run it; may wait for the device, which a run never does to
@@ -88,21 +89,23 @@ class MoELayer {
   };
 
   void make_cache();
-  Experts who_brings(int64_t tokens, bool captures) const;
+  // `ahead`: what the next layer needs is guessed, which only the host fetches.
+  Experts who_brings(int64_t tokens, bool captures, bool ahead) const;
   static std::optional<Copier> copier_of(Experts experts);  // none: no kernel plans
-  void check_run(void const* hidden_states, void const* router_logits, void* output, void const* workspace) const;
-  void run_experts(Experts experts, void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
-                   Workspace const& workspace, cudaStream_t stream);
+  void check_run(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
+                 void const* workspace) const;
+  void run_experts(Experts experts, void const* hidden_states, void const* router_logits, NextLogits const& next,
+                   void* output, int64_t tokens, Workspace const& workspace, cudaStream_t stream);
   // `copier`: for a single token whose fetch the device plans, which happens then too.
-  void select(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
-              std::optional<Copier> copier, cudaStream_t stream) const;
+  void select(void const* hidden_states, void const* router_logits, NextLogits const& next, int64_t tokens,
+              Workspace const& workspace, std::optional<Copier> copier, cudaStream_t stream) const;
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
              cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
   void run_token(void const* hidden_states, void* output, Workspace const& workspace, ExpertGroups const& groups,
                  std::optional<Copier> copier, bool overlap, cudaStream_t stream) const;
-  void run_streaming(void const* hidden_states, void const* router_logits, void* output, int64_t tokens,
-                     Workspace const& workspace, cudaStream_t stream);
+  void run_streaming(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
+                     int64_t tokens, Workspace const& workspace, cudaStream_t stream);
   void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);
   ExpertGroups all_groups(Experts experts, Workspace const& workspace) const;
   SubLayerCall call(int64_t rows, Workspace const& workspace, ExpertGroups const& groups, bool overlap,
@@ -112,7 +115,8 @@ class MoELayer {
   int device_;
   RouterWeights router_weights_;
   RouterParams router_params_;
-  DeviceMemory centroids_, layernorm_weight_, router_bias_;
+  DeviceMemory centroids_, layernorm_weight_;
+  std::shared_ptr<DeviceMemory const> router_bias_;  // null: none
   std::shared_ptr<ExpertCache> cache_;  // null for a sub-layer without weights; shared when all experts stay
   std::mutex streaming_;                // guards what follows, and the cache while it streams
   PinnedMemory counts_;

@@ -71,9 +71,8 @@ CopyRates measure(ExpertCopy copy, CopySource const& source, int32_t count, uint
       for (size_t part = 0; part < source.parts.size() && left > 0; ++part) {
         auto const& what = source.parts[part];
         uint64_t const now = std::min(left, what.bytes);
-        void const* const from = source.addresses[static_cast<size_t>(i) * source.parts.size() + part];
-        uint8_t* const to = source.slots + static_cast<uint64_t>(i) * source.slot_bytes + what.offset_in_slot;
-        MOE_CUDA_CHECK(cudaMemcpyAsync(to, from, now, cudaMemcpyHostToDevice, stream));
+        uint8_t* const to = source.slot(i) + what.offset_in_slot;
+        MOE_CUDA_CHECK(cudaMemcpyAsync(to, source.address(i, part), now, cudaMemcpyHostToDevice, stream));
         left -= now;
       }
     }

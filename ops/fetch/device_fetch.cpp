@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "core/cuda_check.h"
@@ -92,21 +93,25 @@ std::string DeviceFetch::why_not(ExpertCache const& cache) {
   return "";
 }
 
-DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode)
+DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams const& router,
+                         std::shared_ptr<DeviceMemory const> router_bias)
     : policy_(cache.policy()),
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
       device_(current_device()) {
   size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
-  memory_ = allocate_device(bytes, "the tables of an expert cache", "free some GPU memory");
-  FetchTables::layout(experts_, slots_, memory_.bytes(), &copy_.tables, &shared_bytes_);
-  MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));
+  memory_ =
+      std::make_shared<DeviceMemory>(allocate_device(bytes, "the tables of an expert cache", "free some GPU memory"));
+  FetchTables::layout(experts_, slots_, memory_->bytes(), &copy_.tables, &shared_bytes_);
+  MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));
   host_copy_ = std::make_unique<HostCopy>(list_sources(cache), slots_);
   copy_.blocks = blocks_from_environment();
   bool const by_kernels = mode == FetchMode::kDevice || (mode == FetchMode::kAuto && !host_copies_faster());
   faster_copier_ = by_kernels ? Copier::kKernels : Copier::kHost;
-  MOE_CUDA_CHECK(cudaMemset(memory_.bytes(), 0, bytes));  // what measuring left
+  MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));  // what measuring left
   staging_ = allocate_pinned(shared_bytes_);
+  target_ = std::make_shared<GuessTarget const>(
+      GuessTarget{host_copy_->id(), device_, router, copy_.tables.slot_of_expert, std::move(router_bias), memory_});
   cudaStream_t const stream = nullptr;
   return_tables(cache, stream);
   MOE_CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -174,14 +179,29 @@ FetchTables DeviceFetch::tables_of_call(Copier copier) const {
 
 void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const {
   plan_fetch(policy_, experts_, slots_, counts, tables_of_call(copier), overlap, stream);
-  if (copier == Copier::kHost) host_copy_->copy(stream);
+  if (copier == Copier::kHost) host_copy_->copy(0, stream);
   copy_experts(copy(copier), overlap, stream);
 }
 
 void DeviceFetch::select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
-                                  Routing const& routing, cudaStream_t stream) const {
-  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), stream);
-  if (copier == Copier::kHost) host_copy_->copy(stream);
+                                  Routing const& routing, NextLogits const& next, cudaStream_t stream) const {
+  auto const target = copier == Copier::kHost ? next_->get() : nullptr;
+  auto const guess = guess_by(next, target.get());
+  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess, stream);
+  if (copier == Copier::kHost) host_copy_->copy(guess.scores == nullptr ? 0 : target->id, stream);
+}
+
+// Empty if there is nothing to guess by or for.
+Guess DeviceFetch::guess_by(NextLogits const& next, GuessTarget const* target) const {
+  Guess guess;
+  bool const fits = target != nullptr && target->device == device_ && target->router.experts == next.experts &&
+                    target->router.top_k <= kMostPlannedChoices;
+  if (next.logits == nullptr || !fits) return guess;
+  guess.router = target->router;
+  guess.scores = next.logits;
+  guess.dtype = next.dtype;
+  guess.slot_of_expert = target->slot_of_expert;
+  return guess;
 }
 
 void DeviceFetch::forget(cudaStream_t stream) const noexcept {
@@ -197,7 +217,7 @@ void DeviceFetch::forget(cudaStream_t stream) const noexcept {
 }
 
 void DeviceFetch::begin_take(cudaStream_t stream) {
-  MOE_CUDA_CHECK(cudaMemcpyAsync(staging_.bytes(), memory_.bytes(), shared_bytes_, cudaMemcpyDeviceToHost, stream));
+  MOE_CUDA_CHECK(cudaMemcpyAsync(staging_.bytes(), memory_->bytes(), shared_bytes_, cudaMemcpyDeviceToHost, stream));
 }
 
 void DeviceFetch::end_take(ExpertCache* cache, cudaStream_t stream) const { cache->set_tables(on_host(), stream); }
@@ -209,7 +229,7 @@ void DeviceFetch::return_tables(ExpertCache const& cache, cudaStream_t stream) {
   std::memcpy(to.slot_of_expert, from.slot_of_expert, sizeof(int32_t) * static_cast<size_t>(experts_));
   std::memcpy(to.expert_of_slot, from.expert_of_slot, sizeof(int32_t) * static_cast<size_t>(slots_));
   std::memcpy(staging_.bytes(), &from.clock, sizeof(from.clock));
-  MOE_CUDA_CHECK(cudaMemcpyAsync(memory_.bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
+  MOE_CUDA_CHECK(cudaMemcpyAsync(memory_->bytes(), staging_.bytes(), shared_bytes_, cudaMemcpyHostToDevice, stream));
   // Whatever is in a slot by then is there: so many ones are more than kAllThere.
   MOE_CUDA_CHECK(
       cudaMemsetAsync(copy_.tables.arrivals.there, 1, sizeof(uint32_t) * static_cast<size_t>(slots_), stream));
@@ -261,7 +281,14 @@ void DeviceFetch::add_statistics(LayerStatistics* statistics) const {
   statistics->counters.hits += counters.hits;
   statistics->counters.misses += counters.misses;
   statistics->counters.evictions += counters.evictions;
-  statistics->counters.bytes_fetched += counters.misses * static_cast<int64_t>(host_copy_->source().expert_bytes());
+  auto const ahead = host_copy_->ahead_counters();
+  statistics->counters.prefetches_used += ahead.used;
+  statistics->counters.prefetches_wasted += ahead.wasted;
+  statistics->counters.prefetch_bytes_used += ahead.bytes_used;
+  statistics->counters.prefetch_bytes_wasted += ahead.bytes_wasted;
+  // What came ahead and was needed is of a miss.
+  statistics->counters.bytes_fetched +=
+      counters.misses * static_cast<int64_t>(host_copy_->source().expert_bytes()) + ahead.bytes_wasted;
 }
 
 }  // namespace moe_infer

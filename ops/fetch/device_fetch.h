@@ -18,7 +18,9 @@
 #include "core/expert_cache.h"
 #include "core/statistics.h"
 #include "fetch/fetch_kernels.h"
+#include "fetch/guess.h"
 #include "fetch/host_copy.h"
+#include "fetch/run_order.h"
 #include "sublayers/sub_layer.h"
 
 namespace moe_infer {
@@ -38,21 +40,34 @@ enum class Copier {
   kHost,     // the copy engine does, and the host enqueues it: host_copy.h
 };
 
+// Input next_router_logits of a single token: what the router of the layer that runs next makes of it.
+struct NextLogits {
+  void const* logits = nullptr;  // (experts); null: not given
+  int32_t experts = 0;           // of that layer
+  DataType dtype = DataType::kFloat32;
+};
+
 class DeviceFetch {
  public:
   // Why the device cannot fetch this cache's experts, as a part of a sentence; "": it can.
   static std::string why_not(ExpertCache const& cache);
 
-  DeviceFetch(ExpertCache const& cache, FetchMode mode);
+  // `router`, of the layer, with the memory of its bias: for guesses by the layer before it.
+  DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams const& router,
+              std::shared_ptr<DeviceMemory const> router_bias);
 
   // A call needs at most as many experts as there are slots. Enqueues the fetch of what it needs, by the rows of each
   // expert (experts). `overlap`: the kernel before and the next are of this library; the next one must follow
   // ExpertGroups::arrivals.
   void enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const;
   // For a single token: chooses its experts as select_experts does, and plans. Copies are then the part of who runs the
-  // experts, as copy() says.
+  // experts, as copy() says. Where the host copies and `next` is given, guesses for the layer that runs next, too.
   void select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
-                       Routing const& routing, cudaStream_t stream) const;
+                       Routing const& routing, NextLogits const& next, cudaStream_t stream) const;
+  // At the begin of each run: so the layers before and after this one are known (run_order.h).
+  void begin_run(bool guesses) const { note_run(target_, guesses ? next_ : nullptr); }
+  // At its end: the bus may work for the next layer.
+  void fetch_ahead() const { host_copy_->fetch_ahead(); }
   ExpertCopy copy(Copier copier) const;
   // Outside of CUDA graphs.
   Copier faster_copier() const { return faster_copier_; }
@@ -82,16 +97,20 @@ class DeviceFetch {
   FetchTables tables_of_call(Copier copier) const;
   CopySource list_sources(ExpertCache const& cache);
   bool host_copies_faster() const;
+  Guess guess_by(NextLogits const& next, GuessTarget const* target) const;
 
   PolicySettings policy_;
   int32_t experts_, slots_;
   int device_;
-  DeviceMemory memory_, sources_, chunks_;
+  std::shared_ptr<DeviceMemory> memory_;  // of the tables
+  DeviceMemory sources_, chunks_;
   PinnedMemory staging_;
   size_t shared_bytes_ = 0;
   std::unique_ptr<HostCopy> host_copy_;
   ExpertCopy copy_;
   Copier faster_copier_ = Copier::kHost;
+  std::shared_ptr<GuessTarget const> target_;
+  std::shared_ptr<NextLayer> next_ = std::make_shared<NextLayer>();
 };
 
 }  // namespace moe_infer

@@ -8,6 +8,7 @@
 #include "core/data_type.h"
 #include "core/policy.h"
 #include "fetch/expert_copy.h"
+#include "fetch/guess.h"
 #include "route/route.h"
 
 namespace moe_infer {
@@ -19,10 +20,10 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
                 FetchTables const& tables, bool overlap, cudaStream_t stream);
 
 // For a single token with at most kMostPlannedChoices experts: select_experts (route.h) and plan_fetch in one kernel;
-// fills tables.slot_of_choice in, too.
+// fills tables.slot_of_choice in, too. With a guess that is not empty it goes with the orders.
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, cudaStream_t stream);
+                           FetchTables const& tables, Guess const& guess, cudaStream_t stream);
 
 // Copies what was planned (or, without blocks, waits until others have copied it), expert after expert, and raises its
 // slot's flag when one has come. The kernel after it may start as soon as this one has, and must not wait for it

@@ -39,6 +39,7 @@ struct CopyOrders {
   uint32_t* number = nullptr;  // (1); null: kernels copy, and nothing is ordered
   int32_t* count = nullptr;    // (1)
   FetchItem* items = nullptr;  // (slots)
+  int32_t* guess = nullptr;    // (1) an expert that the layer that runs next may miss (guess.h), -1: none
   uint32_t wanted = 0;         // the number of this call
 };
 

@@ -8,36 +8,24 @@
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "core/device_memory.h"
+#include "fetch/copy_source.h"
+#include "fetch/fetch_ahead.h"
 #include "fetch/fetch_tables.h"
 
 namespace moe_infer {
-
-// An expert is copied in parts: its tensors.
-struct CopyPart {
-  uint64_t offset_in_slot = 0;
-  uint64_t bytes = 0;
-  bool late = false;  // late ones come after the others
-};
-struct CopySource {
-  std::vector<CopyPart> parts;         // late ones last
-  std::vector<void const*> addresses;  // (experts, parts): page-locked memory
-  uint8_t* slots = nullptr;
-  uint64_t slot_bytes = 0;
-  uint32_t* there = nullptr;  // of each slot
-
-  uint64_t expert_bytes() const;
-};
 
 class HostCopy {
  public:
   // Throws Error(MOE_INFER_CUDA).
   HostCopy(CopySource source, int32_t slots);
+  ~HostCopy();
+  HostCopy(HostCopy const&) = delete;
+  HostCopy& operator=(HostCopy const&) = delete;
 
   // False where the driver cannot raise flags in a stream; then the rest is of no use.
-  bool works() const { return works_; }
+  bool works() const { return ahead_->works(); }
   // For the kernel that plans the next call.
   CopyOrders const& next_orders() {
     ++orders_.wanted;
@@ -45,23 +33,27 @@ class HostCopy {
   }
   CopySource const& source() const { return source_; }
   // Waits until the kernel that was given next_orders(), enqueued on `stream`, has written them, and enqueues the
-  // copies. One thread at a time. Throws Error(MOE_INFER_CUDA), also for what went wrong in `stream`.
-  void copy(cudaStream_t stream);
+  // copies. `next_layer`: for which FetchAhead the kernel guessed, 0: none. One thread at a time. Throws
+  // Error(MOE_INFER_CUDA), also for what went wrong in `stream`.
+  void copy(int64_t next_layer, cudaStream_t stream);
+  // When all kernels of the call are enqueued: the bus may work for the next layer.
+  void fetch_ahead() { ahead_->feed(); }
   // What is enqueued on `stream` from now on waits for all copies so far. Throws Error(MOE_INFER_CUDA).
-  void order_before(cudaStream_t stream) const;
+  void order_before(cudaStream_t stream) const { ahead_->order_before(stream); }
+
+  // This layer among those for which FetchAhead fetches.
+  int64_t id() const { return id_; }
+  AheadCounters ahead_counters() const { return ahead_->counters(id_); }
 
  private:
   void wait_for_orders(cudaStream_t stream);
   void copy_expert(FetchItem const& item);
-  int raise(int32_t slot, uint32_t value);  // the driver's status, 0: done
 
   CopySource source_;
   PinnedMemory memory_;
   CopyOrders orders_;
-  Event copied_;
-  std::shared_ptr<Stream> stream_;
-  void* write_value_;  // the driver's cuStreamWriteValue32; null: it has none
-  bool works_ = false;
+  std::shared_ptr<FetchAhead> ahead_;
+  int64_t id_;
 };
 
 }  // namespace moe_infer

@@ -14,6 +14,7 @@ struct PlanShared {
   int16_t missing[kMaxExperts];         // experts, in ascending order
   uint8_t is_needed[kMaxExperts];
   int32_t evicted_count;
+  int32_t guess;  // CopyOrders::guess
 };
 
 // Smallest first: an empty slot, then the least worth keeping of those that the call does not need. Retention is far
@@ -43,6 +44,7 @@ class BlockPlan {
     }
     if (thread_ == 0) {
       shared->evicted_count = 0;
+      shared->guess = -1;
       counters_ = *tables.counters;
       last_wait_ = *tables.arrivals.last_wait;
       planned_ = *tables.planned;
@@ -139,6 +141,7 @@ class BlockPlan {
   __device__ void order(int32_t misses) {
     if (tables_.orders.number == nullptr) return;
     *tables_.orders.count = misses;
+    *tables_.orders.guess = shared_->guess;
     __threadfence_system();
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(tables_.orders.number), "r"(tables_.orders.wanted)
                  : "memory");

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "core/cuda_check.h"
 #include "core/grid_dependency.cuh"
 #include "core/launch.h"
@@ -24,12 +26,30 @@ __global__ void __launch_bounds__(kThreads)
   plan.decide();
 }
 
-// The first warp chooses the token's experts while the others ask for the tables, then the block plans.
+// One warp: the first of the experts that the next layer would choose and has in no slot, -1: none.
+template <int kItems>
+__device__ int32_t guess_missing(Guess const& guess, int32_t lane) {
+  __shared__ int32_t chosen[kMostPlannedChoices];
+  __shared__ float weights[kMostPlannedChoices];  // nobody needs them
+  auto const score = [&](int32_t expert) { return load_score(guess.scores, guess.dtype, expert); };
+  select_token<kItems>(guess.router, score, lane, chosen, weights);
+  __syncwarp();
+  for (int32_t first = 0; first < guess.router.top_k; first += kSelectLanes) {
+    int32_t const i = first + lane;
+    bool const is_absent = i < guess.router.top_k && guess.slot_of_expert[chosen[i]] < 0;
+    unsigned const absent = __ballot_sync(kSelectAll, is_absent);
+    if (absent != 0) return chosen[first + __ffs(static_cast<int>(absent)) - 1];
+  }
+  return -1;
+}
+
+// The first warp chooses the token's experts and the second one guesses the next layer's, while the others ask for the
+// tables; then the block plans.
 template <int kItems>
 __global__ void __launch_bounds__(kThreads)
     select_and_plan_kernel(RouterParams const params, void const* __restrict__ scores, DataType dtype,
                            int32_t* expert_of_choice, float* weight_of_choice, PolicySettings const settings,
-                           int32_t const slots, FetchTables const tables) {
+                           int32_t const slots, FetchTables const tables, Guess const guess) {
   __shared__ PlanShared shared;
   __shared__ int32_t chosen[kMostPlannedChoices];
   start_next_kernel();
@@ -45,6 +65,10 @@ __global__ void __launch_bounds__(kThreads)
       shared.is_needed[chosen[i]] = 1;
       expert_of_choice[i] = chosen[i];
     }
+  } else if (thread < 2 * kSelectLanes && guess.scores != nullptr) {
+    int32_t const lane = thread - kSelectLanes;
+    int32_t const expert = guess_missing<kItems>(guess, lane);
+    if (lane == 0) shared.guess = expert;
   }
   __syncthreads();
   plan.decide();
@@ -65,13 +89,13 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, cudaStream_t stream) {
+                           FetchTables const& tables, Guess const& guess, cudaStream_t stream) {
   LaunchShape shape;
   shape.threads = kThreads;
   shape.stream = stream;
-  with_select_items(params.experts, [&](auto items) {
+  with_select_items(std::max(params.experts, guess.router.experts), [&](auto items) {
     launch(&select_and_plan_kernel<decltype(items)::value>, shape, params, scores, scores_dtype,
-           routing.expert_of_choice, routing.weight_of_choice, settings, slots, tables);
+           routing.expert_of_choice, routing.weight_of_choice, settings, slots, tables, guess);
   });
 }
 

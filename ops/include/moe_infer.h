@@ -57,10 +57,12 @@ typedef struct {
   int64_t hits;   /* experts that were needed and lay in a slot */
   int64_t misses; /* experts that were needed and had to be fetched */
   int64_t evictions;
-  int64_t bytes_fetched;     /* host to device, weights only */
-  int64_t prefetches_used;   /* experts that were fetched ahead and then needed */
-  int64_t prefetches_wasted; /* experts that were fetched ahead and evicted before anybody needed them */
-  int64_t stall_ns;          /* time that runs waited for experts on their way; -1 where it is not measured */
+  int64_t bytes_fetched;       /* host to device, weights only */
+  int64_t prefetches_used;     /* experts that were fetched ahead and then needed */
+  int64_t prefetches_wasted;   /* experts that were fetched ahead, in part at least, and not needed */
+  int64_t prefetch_bytes_used; /* that had come when their expert was needed */
+  int64_t prefetch_bytes_wasted;
+  int64_t stall_ns; /* time that runs waited for experts on their way; -1 where it is not measured */
 } moe_infer_stats;
 
 /* One live layer. Everything that is pointed to is valid until the function that got it returns. */
@@ -111,11 +113,24 @@ MOE_INFER_EXPORT void moe_infer_layer_destroy(moe_infer_layer* layer);
 /* Bytes of device scratch memory that run needs for up to `tokens` tokens. */
 MOE_INFER_EXPORT int moe_infer_layer_workspace(const moe_infer_layer* layer, int64_t tokens, size_t* bytes);
 
+/* A guess of what the layer that runs next will need, from what its router makes of this layer's hidden_states. */
+typedef struct {
+  const void* logits;   /* device pointer (tokens, expert_count) */
+  int32_t expert_count; /* of that layer */
+  int32_t dtype;        /* moe_infer_dtype */
+} moe_infer_next_logits;
+
 /* Enqueues the layer on `stream` (a cudaStream_t). All pointers are device pointers: hidden_states and
  * output (tokens, d_model), router_logits (tokens, expert_count) or NULL. Zero tokens is legal. */
 MOE_INFER_EXPORT int moe_infer_layer_run(moe_infer_layer* layer, const void* hidden_states, const void* router_logits,
                                          void* output, int64_t tokens, void* workspace, size_t workspace_bytes,
                                          void* stream);
+
+/* The same with next_router_logits (docs/operator.md), which change no result. `next` or its logits may be NULL. */
+MOE_INFER_EXPORT int moe_infer_layer_run_ahead(moe_infer_layer* layer, const void* hidden_states,
+                                               const void* router_logits, const moe_infer_next_logits* next,
+                                               void* output, int64_t tokens, void* workspace, size_t workspace_bytes,
+                                               void* stream);
 
 MOE_INFER_EXPORT int moe_infer_layer_stats(const moe_infer_layer* layer, moe_infer_stats* stats);
 

@@ -17,6 +17,7 @@ using nvinfer1::TensorRTPhase;
 
 constexpr int32_t kHiddenStates = 0;
 constexpr int32_t kRouterLogits = 1;
+constexpr int32_t kNextRouterLogits = 2;
 
 bool same(LayerInputs const& a, LayerInputs const& b) {
   return a.d_model == b.d_model && a.dtype == b.dtype && a.has_logits == b.has_logits &&
@@ -25,7 +26,7 @@ bool same(LayerInputs const& a, LayerInputs const& b) {
 
 LayerInputs inputs_of(DynamicPluginTensorDesc const* inputs, int32_t count) {
   check_input_count(count);
-  return to_inputs(inputs[kHiddenStates].desc, count == 2 ? &inputs[kRouterLogits].desc : nullptr);
+  return to_inputs(inputs[kHiddenStates].desc, count > kRouterLogits ? &inputs[kRouterLogits].desc : nullptr);
 }
 
 }  // namespace
@@ -100,7 +101,7 @@ int32_t MoELayerPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32
       // Now, while the network is made, rather than when it is built: types do not matter to these checks.
       LayerInputs known;
       known.d_model = last->getConstantValue();
-      known.has_logits = input_count == 2;
+      known.has_logits = input_count > kRouterLogits;
       config_.check_inputs(known);
       ExpertStore::open(config_, known.d_model);
     }
@@ -110,7 +111,7 @@ int32_t MoELayerPlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32
 
 bool MoELayerPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors,
                                                int32_t input_count, int32_t output_count) noexcept {
-  if (input_count < 1 || input_count > 2 || output_count != 1 || position < 0 || position > input_count) {
+  if (input_count < 1 || input_count > kMostInputs || output_count != 1 || position < 0 || position > input_count) {
     return false;
   }
   auto const& tensor = tensors[position].desc;
@@ -120,7 +121,7 @@ bool MoELayerPlugin::supportsFormatCombination(int32_t position, DynamicPluginTe
   if (position == kHiddenStates || tensor.type == tensors[kHiddenStates].desc.type) {
     return true;
   }
-  return position < input_count && tensor.type == nvinfer1::DataType::kFLOAT;  // router_logits
+  return position < input_count && tensor.type == nvinfer1::DataType::kFLOAT;  // logits
 }
 
 int32_t MoELayerPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t input_count,
@@ -179,11 +180,15 @@ int32_t MoELayerPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t in
   int32_t const status = guarded_by_log([&] {
     check_input_count(input_count);
     check_output_count(output_count);
-    auto const* const logits = input_count == 2 ? &inputs[kRouterLogits] : nullptr;
+    auto const* const logits = input_count > kRouterLogits ? &inputs[kRouterLogits] : nullptr;
     auto const known = to_inputs(inputs[kHiddenStates], logits);
     config_.check_inputs(known);
     if (logits != nullptr) {
       check_logits(inputs[kHiddenStates].dims, logits->dims, config_.expert_count);
+    }
+    has_next_logits_ = input_count > kNextRouterLogits;
+    if (has_next_logits_) {
+      check_next_logits(inputs[kHiddenStates].dims, inputs[kNextRouterLogits].dims);
     }
     // Made when the context was, unless the engine was configured last for another type than it settled on.
     if (phase_ == TensorRTPhase::kRUNTIME && (layer_ == nullptr || !same(layer_->plan().inputs(), known))) {
@@ -217,9 +222,15 @@ void MoELayerPlugin::run(PluginTensorDesc const* input_desc, void const* const* 
   if (layer_ == nullptr) {
     throw invalid(failure_.empty() ? "MoELayer: TensorRT runs a plugin that it did not attach to a context" : failure_);
   }
+  NextLogits next;
+  if (has_next_logits_) {
+    auto const& desc = input_desc[kNextRouterLogits];
+    next = {inputs[kNextRouterLogits], static_cast<int32_t>(desc.dims.d[desc.dims.nbDims - 1]),
+            to_data_type(desc.type)};
+  }
   // TensorRT gives the workspace that getWorkspaceSize asked for and does not say its size here.
-  layer_->run(inputs[kHiddenStates], layer_->plan().inputs().has_logits ? inputs[kRouterLogits] : nullptr, outputs[0],
-              tokens, workspace, std::numeric_limits<size_t>::max(), stream);
+  layer_->run(inputs[kHiddenStates], layer_->plan().inputs().has_logits ? inputs[kRouterLogits] : nullptr, next,
+              outputs[0], tokens, workspace, std::numeric_limits<size_t>::max(), stream);
 }
 
 nvinfer1::PluginFieldCollection const* MoELayerPlugin::getFieldsToSerialize() noexcept {

@@ -72,7 +72,8 @@ class MoELayerPlugin final : public nvinfer1::IPluginV3,
   PluginFields fields_;
   LayerConfig config_;
   std::unique_ptr<MoELayer> layer_;
-  std::string failure_;  // why there is no layer
+  bool has_next_logits_ = false;  // as onShapeChange saw last
+  std::string failure_;           // why there is no layer
   std::vector<nvinfer1::PluginField> serialized_;
   nvinfer1::PluginFieldCollection serialized_collection_{};
 };

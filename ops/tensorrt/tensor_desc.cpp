@@ -52,9 +52,9 @@ DataType to_data_type(nvinfer1::DataType type) {
 }
 
 void check_input_count(int32_t count) {
-  if (count != 1 && count != 2) {
-    throw invalid("MoELayer: takes hidden_states and optionally router_logits, got " + std::to_string(count) +
-                  " inputs");
+  if (count < 1 || count > kMostInputs) {
+    throw invalid("MoELayer: takes hidden_states and optionally router_logits and next_router_logits, got " +
+                  std::to_string(count) + " inputs");
   }
 }
 
@@ -92,6 +92,14 @@ int64_t count_tokens(nvinfer1::Dims const& dims) {
     }
   }
   return tokens;
+}
+
+void check_next_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& next_logits) {
+  int32_t const rank = next_logits.nbDims;
+  if (rank < 1 || count_tokens(next_logits) != count_tokens(hidden_states)) {
+    throw invalid("MoELayer: next_router_logits must have a row for each token of hidden_states " +
+                  dims_text(hidden_states) + ", got shape " + dims_text(next_logits));
+  }
 }
 
 void check_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& router_logits, int32_t expert_count) {

@@ -9,6 +9,8 @@ namespace moe_infer {
 
 inline constexpr char const* kPluginVersion = "1";
 
+inline constexpr int32_t kMostInputs = 3;  // hidden_states, router_logits, next_router_logits
+
 // True for float32, float16 and bfloat16.
 bool is_layer_type(nvinfer1::DataType type);
 DataType to_data_type(nvinfer1::DataType type);
@@ -24,5 +26,7 @@ LayerInputs to_inputs(nvinfer1::PluginTensorDesc const& hidden_states, nvinfer1:
 int64_t count_tokens(nvinfer1::Dims const& dims);
 // Run time: router_logits must be (..., expert_count) with the tokens of hidden_states.
 void check_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& router_logits, int32_t expert_count);
+// The same of next_router_logits, whose last dimension may be any.
+void check_next_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& next_logits);
 
 }  // namespace moe_infer

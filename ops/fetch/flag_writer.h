@@ -1,0 +1,24 @@
+// Words that a stream writes when all that was enqueued on it before is done.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace moe_infer {
+
+class FlagWriter {
+ public:
+  // Throws Error(MOE_INFER_CUDA).
+  FlagWriter();
+  // False where the driver does not do it; then the rest is of no use. `flag`: in memory that the device can write.
+  bool works_for(cudaStream_t stream, uint32_t* flag) const;
+  // Throws Error(MOE_INFER_CUDA).
+  void write(cudaStream_t stream, uint32_t* flag, uint32_t value) const;
+
+ private:
+  int try_write(cudaStream_t stream, uint32_t* flag, uint32_t value) const;  // the driver's status, 0: done
+  void* write_value_ = nullptr;  // the driver's cuStreamWriteValue32; null: it has none
+};
+
+}  // namespace moe_infer
