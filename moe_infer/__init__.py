@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moe_infer.runtime.stats import expert_stats
     from moe_infer.runtime.tensorrt_api import create_plugin
     from moe_infer.set_budget import set_gpu_budget
+    from moe_infer.set_guesses import set_fetch_ahead
     from moe_infer.weights import WeightFileError
 
     __version__: str
@@ -41,6 +42,7 @@ _MODULES = {
     "inspect_model": "moe_infer.inspect",
     "lower": "moe_infer.graph.lower",
     "rewrite": "moe_infer.graph.rewrite",
+    "set_fetch_ahead": "moe_infer.set_guesses",
     "set_gpu_budget": "moe_infer.set_budget",
     "verify": "moe_infer.compare.verify",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "lower",
     "plugin_status",
     "rewrite",
+    "set_fetch_ahead",
     "set_gpu_budget",
     "verify",
 ]

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import moe_infer
 from moe_infer.byte_size import format_bytes
-from moe_infer.commands import budget, export, plan, simulate, verify
+from moe_infer.commands import budget, export, fetch_ahead, plan, simulate, verify
 from moe_infer.commands.arguments import (
     PROVIDERS,
     console,
@@ -93,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar=budget.METAVAR,
         help="bytes of GPU memory for the experts of all layers, split into slots",
     )
+    fetch_ahead.add_option(rewrite)
     rewrite.set_defaults(command=_rewrite)
 
     budget.add_parser(commands)
+    fetch_ahead.add_parser(commands)
 
     lower = commands.add_parser("lower", help="replace MoELayer nodes by standard operators")
     lower.add_argument("model")
@@ -190,6 +192,7 @@ def _rewrite(options: argparse.Namespace) -> int:
         options.out_dir,
         max_concurrency=options.max_concurrency,
         gpu_budget=options.gpu_budget,
+        fetch_ahead=options.fetch_ahead,
     )
     print(report)
     return 0 if report else NOTHING_MATCHED
@@ -233,7 +236,7 @@ def _layers_table(layers: Sequence[Any]) -> Table:
         table.add_row(
             layer.name,
             f"{layer.experts}, top {layer.top_k}",
-            f"{layer.router} by {layer.router_input}",
+            f"{layer.router} by {layer.router_input}" + ", guesses next" * layer.guesses_next,
             f"{layer.sublayer} {layer.d_model} x {layer.hidden_size}"
             + (", biases" if layer.biases else ""),
             f"{layer.dtype} ({shape})",

@@ -30,6 +30,8 @@ class LayerInfo:
         top_k: experts a token.
         router: ``moe_variant``.
         router_input: ``router_logits`` or ``expert_centroids``.
+        guesses_next: whether it is told what the next layer's router gives for its hidden states
+            (input 2), so that the next layer's experts can be fetched ahead.
         sublayer: what an expert computes.
         biases: whether the experts have biases.
         d_model: last dimension of hidden_states; 0 if nothing tells it.
@@ -58,6 +60,7 @@ class LayerInfo:
     top_k: int
     router: str
     router_input: str
+    guesses_next: bool
     sublayer: str
     biases: bool
     d_model: int
@@ -120,6 +123,7 @@ def describe(layer: LayerNode, tokens: int | None = None) -> LayerInfo:
         top_k=config.top_k,
         router=config.moe_variant,
         router_input="router_logits" if layer.router_logits else "expert_centroids",
+        guesses_next=layer.next_router_logits is not None,
         sublayer=config.expert_sublayer_type,
         biases=bool(config.expert_bias),
         d_model=layer.d_model,

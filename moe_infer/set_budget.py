@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 
 from moe_infer.budget import Budget
 from moe_infer.byte_size import ByteSize, parse_bytes
-from moe_infer.graph.lower_builder import Names
-from moe_infer.graph.lower_data import ExpertData, make_absolute, place_beside
-from moe_infer.graph.lower_nodes import LayerNode, inline_functions, load_model, read_layers
-from moe_infer.graph.outputs import make_place, refuse_overwriting
-from moe_infer.graph.update import split_layers, update_layers, with_slots
-from moe_infer.op import LayerConfig
-from moe_infer.weights import resolve_weight_path
-from moe_infer.weights.atomic import AtomicFile
+from moe_infer.graph.edit_file import read_file, write_file
+from moe_infer.graph.update import split_layers, with_slots
 
 
 def set_gpu_budget(
@@ -47,35 +38,10 @@ def set_gpu_budget(
             hold the experts of one token, or ``out`` is a file with weights of the model.
     """
     nbytes = parse_bytes(gpu_budget, "gpu_budget")
-    model, folder = load_model(path)
-    model = inline_functions(model)
-    layers = read_layers(model, folder)
-    if not layers:
-        raise ValueError(f"'{path}' has no MoELayer; `moe-infer rewrite` makes them")
+    model, folder, layers = read_file(path)
     budget = split_layers(nbytes, layers, "gpu_budget")
-    refuse_overwriting(Path(out), model, layers, folder)
-    target = make_place(out)
-    moves = folder is not None and target.parent.resolve() != folder.resolve()
-    configs = []
-    for layer, part in zip(layers, budget.layers, strict=True):
-        config = with_slots(layer, part.slots)
-        configs.append(_found_from(target.parent, layer, config) if moves else config)
-    update_layers(model, layers, configs)
-    if moves:
-        make_absolute(model, folder)
-        place_beside(model, ExpertData(Names(model)), target)
-    with AtomicFile(target) as file:
-        file.file.write(model.SerializeToString())
-        file.commit()
+    configs = [
+        with_slots(layer, part.slots) for layer, part in zip(layers, budget.layers, strict=True)
+    ]
+    write_file(model, folder, layers, configs, out)
     return budget
-
-
-def _found_from(folder: Path, layer: LayerNode, config: LayerConfig) -> LayerConfig:
-    """The attributes with a weight path that leads to the same file from another folder."""
-    file = layer.weights.file
-    if file is None:
-        return config
-    with suppress(FileNotFoundError):
-        if os.path.samefile(resolve_weight_path(config.expert_weight_file, folder), file.path):
-            return config
-    return replace(config, expert_weight_file=str(file.path.resolve()))

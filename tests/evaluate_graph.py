@@ -21,7 +21,9 @@ def moe_layer_operator(base_dir: Path) -> type[OpRun]:
     class MoELayer(OpRun):
         op_domain = DOMAIN
 
-        def _run(self, hidden_states: Any, router_logits: Any = None, **_: Any) -> tuple[Any]:
+        def _run(
+            self, hidden_states: Any, router_logits: Any = None, next_logits: Any = None, **_: Any
+        ) -> tuple[Any]:
             names = {a.name for a in ATTRIBUTES}
             given = {a.name: onnx.helper.get_attribute_value(a) for a in self.onnx_node.attribute}
             assert set(given) <= names

@@ -135,6 +135,7 @@ PUBLIC = {
     "lower",
     "plugin_status",
     "rewrite",
+    "set_fetch_ahead",
     "set_gpu_budget",
     "verify",
 }

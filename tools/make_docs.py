@@ -59,6 +59,13 @@ def inputs() -> str:
             "type of input 0 or float32; (..., expert_count); without it the layer computes"
             " hidden_states @ `expert_centroids`",
         ),
+        (
+            "input 2, optional",
+            "`next_router_logits`",
+            "type of input 0 or float32; (..., expert_count of the next MoELayer); only with input"
+            " 1. A hint that changes no output: what the next layer's router gives for these"
+            " hidden_states",
+        ),
         ("output 0", "", "type and shape of input 0"),
     ]
     return markdown_table(("", "name", "type and shape"), rows)

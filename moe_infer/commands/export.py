@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from moe_infer.commands import budget
+from moe_infer.commands import budget, fetch_ahead
 
 
 def add_parser(commands: Any) -> None:
@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
         metavar=budget.METAVAR,
         help="bytes of GPU memory for the experts of all layers, split into slots",
     )
+    fetch_ahead.add_option(export)
     export.add_argument(
         "--check", action="store_true", help="run the graph on the CPU and compare with PyTorch"
     )
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         max_concurrency=options.max_concurrency,
         gpu_budget=options.gpu_budget,
+        fetch_ahead=options.fetch_ahead,
         check=options.check,
     )
     print(report)

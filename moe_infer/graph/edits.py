@@ -78,6 +78,22 @@ def remove_unread(model: onnx.ModelProto, candidates: Collection[str]) -> None:
     remove_named(model.graph.value_info, gone | constants)
 
 
+def remove_what_made(model: onnx.ModelProto, values: Collection[str]) -> None:
+    """Removes the nodes and constants that only these values needed, which nothing reads now."""
+    if not values:
+        return
+    view = GraphView(model, ValueTypes(), Path("."))
+    candidates: set[str] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        node = view.producer(value)
+        if node is not None and value not in candidates:
+            candidates.add(value)
+            pending += values_read(node)
+    remove_unread(model, candidates)
+
+
 def remove_named(repeated: list[onnx.TensorProto], names: Collection[str]) -> None:
     """Removes what has one of the names from a repeated field."""
     for i in range(len(repeated) - 1, -1, -1):

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from moe_infer.graph.edits import remove_what_made
 from moe_infer.graph.lower_bfloat16 import bfloat16_values, wrap_bfloat16
 from moe_infer.graph.lower_builder import MICROSOFT, Builder, Names
 from moe_infer.graph.lower_data import (
@@ -162,6 +163,8 @@ def _replace(
     model.opset_import.extend(kept)
     if any(n.domain == MICROSOFT for n in nodes) and all(o.domain != MICROSOFT for o in kept):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    # Where nothing is fetched nothing is guessed.
+    remove_what_made(model, [x.next_router_logits for x in layers if x.next_router_logits])
 
 
 def _lower_layer(layer: LayerNode, data: ExpertData, provider: str) -> list[onnx.NodeProto]:

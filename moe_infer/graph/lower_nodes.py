@@ -13,6 +13,7 @@ import onnx.inliner
 from onnx import TensorProto
 
 from moe_infer.graph.external import model_dir
+from moe_infer.graph.layer_checks import check_next_logits
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name, infer_types
 from moe_infer.op import DOMAIN, DTYPES, OP_TYPE, LayerConfig, output_shape
 from moe_infer.weights import ExpertWeights, open_expert_weights
@@ -61,7 +62,12 @@ class LayerNode:
     @property
     def router_logits(self) -> str | None:
         """Name of input 1, None where the layer scores by its centroids."""
-        return str(self.node.input[1]) if _has_logits(self.node) else None
+        return str(self.node.input[1]) if _has_input(self.node, 1) else None
+
+    @property
+    def next_router_logits(self) -> str | None:
+        """Name of input 2, None where the experts of the next layer are not guessed."""
+        return str(self.node.input[2]) if _has_input(self.node, 2) else None
 
 
 def load_model(
@@ -105,13 +111,13 @@ def read_layers(model: onnx.ModelProto, base_dir: Path | None) -> list[LayerNode
         ValueError, WeightFileError, FileNotFoundError: a layer is not right; the message begins
             with the node's name.
     """
-    if not any(_is_layer(node) for node in _all_nodes(model.graph)):
+    if not any(is_layer(node) for node in _all_nodes(model.graph)):
         return []
     types = infer_types(model)
     layers = []
     for index, node in enumerate(model.graph.node):
-        if _is_layer(node):
-            name = str(node.name or (node.output[0] if node.output else "MoELayer"))
+        if is_layer(node):
+            name = layer_name(node)
             try:
                 layers.append(_read(index, name, node, types, base_dir))
             except (ValueError, FileNotFoundError) as error:
@@ -121,17 +127,18 @@ def read_layers(model: onnx.ModelProto, base_dir: Path | None) -> list[LayerNode
                 *attribute.graphs,
                 *([attribute.g] if attribute.HasField("g") else []),
             ):
-                if any(_is_layer(inner) for inner in _all_nodes(subgraph)):
+                if any(is_layer(inner) for inner in _all_nodes(subgraph)):
                     raise ValueError(
                         f"node '{node.name}' ({node.op_type}) holds a MoELayer in a subgraph;"
                         " MoELayer must be in the main graph"
                     )
+    _check_guesses(layers, types)
     return layers
 
 
 def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its local functions inlined if one of them holds a MoELayer."""
-    held = any(_is_layer(node) for function in model.functions for node in function.node)
+    held = any(is_layer(node) for function in model.functions for node in function.node)
     return onnx.inliner.inline_local_functions(model) if held else model
 
 
@@ -152,10 +159,17 @@ def _read(
     config = LayerConfig.from_attributes(
         {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     )
-    if not 1 <= len(node.input) <= 2 or not node.input[0] or len(node.output) != 1:
+    if not 1 <= len(node.input) <= 3 or not node.input[0] or len(node.output) != 1:
         raise ValueError(
-            "MoELayer: expected the inputs hidden_states and, optional, router_logits and one"
-            f" output, got {len(node.input)} inputs and {len(node.output)} outputs"
+            "MoELayer: expected the inputs hidden_states and, optional, router_logits and"
+            f" next_router_logits and one output, got {len(node.input)} inputs and"
+            f" {len(node.output)} outputs"
+        )
+    has_logits = _has_input(node, 1)
+    if _has_input(node, 2) and not has_logits:
+        raise ValueError(
+            f"MoELayer: input 2 (next_router_logits) '{node.input[2]}' needs input 1"
+            " (router_logits); give both or neither"
         )
     shape = types.shape(node.input[0]) or types.shape(node.output[0])
     if shape is not None:
@@ -164,8 +178,8 @@ def _read(
     weights = open_expert_weights(config, stated, base_dir)
     d_model = stated or weights.d_model
     if d_model:
-        config.check_inputs(d_model, _has_logits(node))
-    logits_type = types.element_type(node.input[1]) if _has_logits(node) else 0
+        config.check_inputs(d_model, has_logits)
+    logits_type = types.element_type(node.input[1]) if has_logits else 0
     dtype = _dtype(node, types)
     if logits_type and _FLOATS.get(logits_type) not in (dtype, "float32"):
         raise ValueError(
@@ -191,7 +205,7 @@ def _dtype(node: onnx.NodeProto, types: ValueTypes) -> str:
 
 
 def _check_logits_shape(node: onnx.NodeProto, config: LayerConfig, types: ValueTypes) -> None:
-    shape = types.shape(node.input[1]) if _has_logits(node) else None
+    shape = types.shape(node.input[1]) if _has_input(node, 1) else None
     if shape and isinstance(shape[-1], int) and shape[-1] != config.expert_count:
         raise ValueError(
             f"MoELayer: router_logits '{node.input[1]}' has {shape[-1]} as its last dimension;"
@@ -199,8 +213,19 @@ def _check_logits_shape(node: onnx.NodeProto, config: LayerConfig, types: ValueT
         )
 
 
-def _has_logits(node: onnx.NodeProto) -> bool:
-    return len(node.input) > 1 and bool(node.input[1])
+def _check_guesses(layers: list[LayerNode], types: ValueTypes) -> None:
+    for i, layer in enumerate(layers):
+        guess = layer.next_router_logits
+        if guess is not None:
+            following = layers[i + 1].config.expert_count if i + 1 < len(layers) else None
+            try:
+                check_next_logits(types, layer.hidden_states, guess, following)
+            except ValueError as error:
+                raise _named(error, layer.name) from error
+
+
+def _has_input(node: onnx.NodeProto, index: int) -> bool:
+    return len(node.input) > index and bool(node.input[index])
 
 
 def _named(error: _E, name: str) -> _E:
@@ -208,8 +233,14 @@ def _named(error: _E, name: str) -> _E:
     return type(error)(f"layer '{name}': {error}")
 
 
-def _is_layer(node: onnx.NodeProto) -> bool:
+def is_layer(node: onnx.NodeProto) -> bool:
+    """Whether a node is a MoELayer."""
     return bool(node.op_type == OP_TYPE and node.domain == DOMAIN)
+
+
+def layer_name(node: onnx.NodeProto) -> str:
+    """A MoELayer's name, or its output's where it has none."""
+    return str(node.name or (node.output[0] if node.output else OP_TYPE))
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_infer.byte_size import format_bytes
+from moe_infer.graph.guess_next import GuessReport
 from moe_infer.graph.match import NearMiss
 from moe_infer.op import LayerConfig
 
@@ -70,6 +71,8 @@ class RewriteReport:
     expert_weight_path: Path | None = None
     untyped_values: list[str] = field(default_factory=list)
     """Values without type and shape; TensorRT's provider may refuse the graph because of them."""
+    guesses: GuessReport | None = None
+    """Of the next layers' experts; None unless ``fetch_ahead`` was asked for."""
 
     def __bool__(self) -> bool:
         return bool(self.layers)
@@ -92,6 +95,8 @@ class RewriteReport:
             lines += [f"  {miss}" for miss in told]
         elif not self.layers:
             lines.append("the graph has no TopK and no ArgMax that could choose experts")
+        if self.guesses is not None:
+            lines.append(str(self.guesses))
         for label, path in (
             ("model", self.model_path),
             ("other weights", self.data_path),

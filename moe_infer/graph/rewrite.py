@@ -24,6 +24,7 @@ from moe_infer.graph.experts_file import (
 )
 from moe_infer.graph.external import WEIGHT_DTYPES, Constant, all_tensors
 from moe_infer.graph.for_tensorrt import suit_tensorrt
+from moe_infer.graph.guess_next import add_guesses
 from moe_infer.graph.layer_checks import ReplaceError, check_types
 from moe_infer.graph.match import GraphView, Match, NearMiss
 from moe_infer.graph.outputs import make_folder
@@ -51,6 +52,7 @@ def rewrite(
     expert_weight_file: str | os.PathLike[str] | None = None,
     base_dir: str | os.PathLike[str] | None = None,
     copy_shared_weights: bool = False,
+    fetch_ahead: bool = False,
     progress: bool | None = None,
 ) -> RewriteReport:
     """Replaces every MoE block of a model by a MoELayer node and writes the experts to a file.
@@ -78,6 +80,8 @@ def rewrite(
             default.
         copy_shared_weights: replace also blocks whose weights other nodes read; the graph then
             keeps these weights beside the expert file.
+        fetch_ahead: let each layer guess the experts of the next one, for fetching them ahead;
+            only for layers that stream (:func:`moe_infer.set_fetch_ahead`).
         progress: show a progress bar; None: if standard error is a terminal.
 
     Returns:
@@ -124,6 +128,8 @@ def rewrite(
         )
     remove_unread(proto, left)
     suit_tensorrt(proto, types)
+    if fetch_ahead:
+        report.guesses = add_guesses(proto, types)
     report.untyped_values = add_value_info(proto, types)
     with bytes_bar(progress, "writing model", bytes_to_move(proto)) as advance:
         report.data_path = save_model(proto, target / MODEL_NAME, folder, advance)

@@ -17,7 +17,8 @@ def create_plugin(*, name: str = "moe", phase: Any = None, **attributes: Any) ->
     """Makes a MoE layer for ``network.add_plugin_v3([hidden_states], [], plugin)``.
 
     The inputs are ``hidden_states`` (tokens, d_model) or (batch, seq, d_model), float32, float16 or
-    bfloat16, and, unless ``expert_centroids`` are given, ``router_logits`` (..., expert_count).
+    bfloat16, and, unless ``expert_centroids`` are given, ``router_logits`` (..., expert_count) and
+    perhaps ``next_router_logits``.
     The weight file is opened and its index checked; weights are loaded when an execution context
     is made.
 

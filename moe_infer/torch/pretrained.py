@@ -16,12 +16,14 @@ import torch
 from moe_infer.budget import check_slot_options
 from moe_infer.byte_size import ByteSize
 from moe_infer.graph.external import WEIGHT_DTYPES
+from moe_infer.graph.guess_next import GuessReport
 from moe_infer.graph.lower_nodes import load_model
 from moe_infer.graph.outputs import make_folder
 from moe_infer.graph.progress import status
 from moe_infer.graph.report import RewriteReport
 from moe_infer.graph.rewrite import EXPERTS_NAME, MODEL_NAME, rewrite
 from moe_infer.set_budget import set_gpu_budget
+from moe_infer.set_guesses import set_fetch_ahead
 from moe_infer.torch.decoder import Decoder
 from moe_infer.torch.export_errors import explain_export_error
 from moe_infer.torch.finish import finish
@@ -60,16 +62,20 @@ class ExportReport:
         model_path: the graph.
         layers: what became MoELayer nodes.
         difference: of the check, as a share of the largest logit; None if there was none.
+        guesses: of the next layers' experts; None unless ``fetch_ahead`` was asked for.
     """
 
     model_path: Path
     layers: RewriteReport | ReplaceReport
     difference: float | None
+    guesses: GuessReport | None = None
 
     def __str__(self) -> str:
         lines = [str(self.layers)]
         if isinstance(self.layers, ReplaceReport):
             lines.append(f"model: {self.model_path}")
+        if self.guesses is not None:
+            lines.append(str(self.guesses))
         if self.difference is not None:
             lines.append(
                 f"largest difference to PyTorch: {self.difference:.3g} of the largest logit"
@@ -87,6 +93,7 @@ def export_pretrained(
     max_concurrency: int | None = None,
     gpu_budget: ByteSize | None = None,
     opset: int = OPSET,
+    fetch_ahead: bool = False,
     check: bool = False,
     progress: bool | None = None,
 ) -> ExportReport:
@@ -110,6 +117,8 @@ def export_pretrained(
         gpu_budget: bytes for the experts of all layers on the GPU, or a text such as ``8G``, in the
             place of ``max_concurrency``; as :func:`moe_infer.set_gpu_budget` on the finished graph.
         opset: of the graph.
+        fetch_ahead: let each layer guess the experts of the next one, for layers that stream; as
+            :func:`moe_infer.set_fetch_ahead` on the finished graph.
         check: run the graph on the CPU and compare its logits with PyTorch's.
         progress: say what is being done; None: if standard error is a terminal.
 
@@ -174,11 +183,13 @@ def export_pretrained(
         _copy_beside(source, target)
         if gpu_budget is not None:
             _set_budget(target / MODEL_NAME, gpu_budget)
-        difference = None
+        path, guesses, difference = target / MODEL_NAME, None, None
+        if fetch_ahead:
+            guesses = set_fetch_ahead(path, True, path)
         if expected is not None:
             step("checking")
-            difference = _check(target / MODEL_NAME, decoder, example, expected)
-    return ExportReport(target / MODEL_NAME, layers, difference)
+            difference = _check(path, decoder, example, expected)
+    return ExportReport(path, layers, difference, guesses)
 
 
 def load(folder: Path, dtype: str | None = None) -> Any:
