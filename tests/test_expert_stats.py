@@ -55,6 +55,8 @@ def report(path: Path | str, **changes: Any) -> native.LayerReport:
         bytes_fetched=9000,
         prefetches_used=2,
         prefetches_wasted=1,
+        prefetch_bytes_used=1500,
+        prefetch_bytes_wasted=200,
         stall_ns=-1,
     )
     values: dict[str, Any] = {
@@ -106,7 +108,7 @@ def test_a_report_outlives_the_visit() -> None:
     slots = (ctypes.c_int32 * 3)(0, -1, 1)
     given = native._Report(
         7, b"/tmp/\xff.npz", b"layer.", b"T5_FF", 1, 1, 3, 2, 64,
-        native._Stats(1, 2, 3, 4, 5, 6, 7, 8, 9),
+        native._Stats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
         ctypes.cast(uses, ctypes.POINTER(ctypes.c_int64)),
         ctypes.cast(slots, ctypes.POINTER(ctypes.c_int32)),
     )  # fmt: skip
@@ -115,7 +117,7 @@ def test_a_report_outlives_the_visit() -> None:
     assert (found.id, found.weight_file, found.weight_prefix) == (7, "/tmp/\udcff.npz", "layer.")
     assert (found.device, found.streams, found.expert_count) == (1, True, 3)
     assert (found.slots, found.slot_bytes) == (2, 64)
-    assert found.stats == native.LayerStats(1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert found.stats == native.LayerStats(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
     assert found.uses is not None and found.uses.tolist() == [5, 0, 2]
     assert found.slot_of_expert is not None and found.slot_of_expert.tolist() == [0, -1, 1]
     given.uses = given.slot_of_expert = None
@@ -144,7 +146,7 @@ def test_a_layer_that_streams() -> None:
 
 
 def test_what_a_resident_layer_does_not_count_is_none_and_not_zero() -> None:
-    stats = native.LayerStats(4, 8, 0, 0, 0, 100, 0, 0, 1_500_000_000)
+    stats = native.LayerStats(4, 8, 0, 0, 0, 100, 0, 0, 0, 0, 1_500_000_000)
     found = from_report(report("w.npz", streams=False, stats=stats, uses=None))
     assert (found.runs, found.tokens, found.misses) == (4, 8, 0)
     assert found.hits is None and found.hit_rate is None and found.uses is None

@@ -328,13 +328,14 @@ def test_near_misses(changes: dict[str, str], reason: str, tmp_path: Path) -> No
 
 
 def test_layers_that_do_not_stream(tmp_path: Path) -> None:
-    """The first has 4 experts and the second 8: it is the second's that are fetched."""
-    for slots, reason in ((4, ""), (8, None), (99, None)):
+    """The first has 4 experts and the second 8; both have to stream."""
+    first = "all experts of moe_0 stay on the GPU"
+    for slots, reason in ((3, ""), (4, first), (8, None), (99, None)):
         model = two_layers(tmp_path, max_concurrency=slots)
         report = guess(model)
         assert [g.reason for g in report.guesses] == ([] if reason is None else [reason])
         assert report.resident == (reason is None)
-        assert ("all experts stay on the GPU" in str(report)) == report.resident
+        assert ("all experts stay on the GPU" in str(report)) == report.resident, str(report)
     model = two_layers(tmp_path)
     for attribute in layers(model)[1].attribute:
         if attribute.name == "max_concurrency":

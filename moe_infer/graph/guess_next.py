@@ -114,10 +114,12 @@ def add_guesses(model: onnx.ModelProto, types: ValueTypes) -> GuessReport:
     guesses = []
     added: dict[int, list[NodeProto]] = {}
     moved: set[int] = set()
-    for ((place, layer), (_, following)), config in zip(pairwise(layers), configs[1:], strict=True):
+    for ((place, layer), (_, following)), both in zip(
+        pairwise(layers), pairwise(configs), strict=True
+    ):
         pair = layer_name(layer), layer_name(following)
         try:
-            router = _find_router(view, layer, following, config)
+            router = _find_router(view, layer, following, *both)
         except ValueError as error:
             guesses.append(Guess(*pair, reason=str(error)))
             continue
@@ -160,16 +162,28 @@ def _streams(config: LayerConfig) -> bool:
 
 
 def _find_router(
-    view: GraphView, layer: NodeProto, following: NodeProto, config: LayerConfig
+    view: GraphView,
+    layer: NodeProto,
+    following: NodeProto,
+    own: LayerConfig,
+    config: LayerConfig,
 ) -> _Router:
     """The nodes that make the next layer's logits from its hidden states.
+
+    Args:
+        view: the graph.
+        layer: that guesses.
+        following: the next one.
+        own: attributes of the one that guesses: one whose experts all stay does not fetch.
+        config: those of the next one.
 
     Raises:
         ValueError: says what is in the way.
     """
     name = layer_name(following)
-    if not _streams(config):
-        raise _NoGuessError(f"all experts of {name} stay on the GPU")
+    for who, attributes in ((name, config), (layer_name(layer), own)):
+        if not _streams(attributes):
+            raise _NoGuessError(f"all experts of {who} stay on the GPU")
     if len(layer.input) > 2:
         raise _NoGuessError("it has an input 2 already")
     if any(len(node.input) < 2 or not node.input[1] for node in (layer, following)):

@@ -81,9 +81,19 @@ void check_types_and_formats(IPluginV3OneBuild* build) {
   }
   auto const integers = tensor(DataType::kINT32, {-1, kDModel});
   EXPECT(!build->supportsFormatCombination(0, &integers, 1, 1));
-  DataType const types[3] = {DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT};
+  DataType const types[4] = {DataType::kHALF, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT};
   DataType output;
-  EXPECT(build->getOutputDataTypes(&output, 1, types, 3) != 0);
+  EXPECT(build->getOutputDataTypes(&output, 1, types, 3) == 0 && output == DataType::kHALF);
+  EXPECT(build->getOutputDataTypes(&output, 1, types, 4) != 0);
+  // next_router_logits may have any width, and a type of its own.
+  DynamicPluginTensorDesc with_next[4] = {
+      tensor(DataType::kHALF, {-1, kDModel}), tensor(DataType::kHALF, {-1, kExperts}),
+      tensor(DataType::kFLOAT, {-1, kExperts + 1}), tensor(DataType::kHALF, {-1, kDModel})};
+  for (int32_t position = 0; position < 4; ++position) {
+    EXPECT(build->supportsFormatCombination(position, with_next, 3, 1));
+  }
+  with_next[2].desc.type = DataType::kBF16;
+  EXPECT(!build->supportsFormatCombination(2, with_next, 3, 1));
 }
 
 void check_shapes(IPluginV3OneBuild* build) {

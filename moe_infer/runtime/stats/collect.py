@@ -55,6 +55,8 @@ def from_report(report: native.LayerReport, name: str | None = None) -> ExpertSt
         bytes_fetched=stats.bytes_fetched,
         prefetches_used=stats.prefetches_used,
         prefetches_wasted=stats.prefetches_wasted,
+        prefetch_bytes_used=stats.prefetch_bytes_used,
+        prefetch_bytes_wasted=stats.prefetch_bytes_wasted,
         stall_s=stats.stall_ns / 1e9 if stats.stall_ns >= 0 else None,
         uses=report.uses,
         slot_of_expert=report.slot_of_expert,

@@ -33,7 +33,9 @@ class ExpertStats:
         evictions: experts that had to leave their slot.
         bytes_fetched: bytes of weights from host to device; with those of loading where all stay.
         prefetches_used: experts that were fetched ahead and then needed.
-        prefetches_wasted: experts that were fetched ahead and evicted before they were needed.
+        prefetches_wasted: experts that were fetched ahead, in part at least, and not needed.
+        prefetch_bytes_used: of the used ones, what had come when they were needed.
+        prefetch_bytes_wasted: of the wasted ones; part of ``bytes_fetched``.
         stall_s: seconds for which runs waited for experts on their way.
         uses: (experts) int64, runs that needed each expert.
         slot_of_expert: (experts) int32, the slot in which each lies now, -1: in none.
@@ -55,6 +57,8 @@ class ExpertStats:
     bytes_fetched: int | None = None
     prefetches_used: int | None = None
     prefetches_wasted: int | None = None
+    prefetch_bytes_used: int | None = None
+    prefetch_bytes_wasted: int | None = None
     stall_s: float | None = None
     uses: np.ndarray[Any, np.dtype[np.int64]] | None = None
     slot_of_expert: np.ndarray[Any, np.dtype[np.int32]] | None = None
