@@ -126,6 +126,8 @@ class Event {
   // Work enqueued on `stream` from now on waits for the last record. No wait if there was none.
   void order_before(cudaStream_t stream) const { MOE_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
   void wait() const { MOE_CUDA_CHECK(cudaEventSynchronize(event_)); }
+  // cudaErrorNotReady: the last record has not been reached.
+  cudaError_t query() const { return cudaEventQuery(event_); }
 
  private:
   cudaEvent_t event_ = nullptr;

@@ -15,7 +15,7 @@ struct LaunchShape {
   unsigned threads = 1;
   size_t shared_bytes = 0;
   unsigned cluster = 1;
-  // The kernel waits by itself for the one before it, which is of this library and in the same stream.
+  // The kernel waits by itself for the one before it in the stream, whosever that is.
   bool overlap = false;
   cudaStream_t stream = nullptr;
 };

@@ -282,7 +282,7 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, Next
   if (copier) {
     device_fetch_->select_and_plan(*copier, router_params_, scores, scores_dtype, routing, next, stream);
   } else {
-    select_experts(router_params_, scores, scores_dtype, tokens, routing, stream);
+    select_experts(router_params_, scores, scores_dtype, tokens, routing, is_hopper(), stream);
   }
 }
 

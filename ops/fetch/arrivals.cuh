@@ -13,16 +13,24 @@ __device__ inline uint64_t nanoseconds() {
   return time;
 }
 
-// All threads of a block, after they have written a chunk. The block that writes the last one raises the flag.
-__device__ inline void publish_chunk(uint32_t* chunks_done, uint32_t chunk_count, uint32_t* there) {
+// All threads of a block, after they have written a chunk: one of `late` chunks that are needed late, or of `first`
+// others. The block that writes the last one of either kind raises the flag.
+__device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32_t first, uint32_t late,
+                                     uint32_t* there) {
   __threadfence();  // each thread's own writes
   __syncthreads();
   if (threadIdx.x != 0) return;
   __threadfence();
-  if (atomicAdd(chunks_done, 1U) == chunk_count - 1) {
-    __threadfence();
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(there), "r"(kAllThere) : "memory");
-  }
+  constexpr uint64_t kOneLate = uint64_t{1} << 32U;
+  uint64_t const one = is_late ? kOneLate : 1;
+  uint64_t const done = atomicAdd(reinterpret_cast<unsigned long long*>(chunks_done), one) + one;
+  bool const all_first = static_cast<uint32_t>(done) == first;
+  bool const all_late = static_cast<uint32_t>(done >> 32U) == late;
+  uint32_t const flag = all_first && all_late ? kAllThere : all_first && !is_late ? kFirstThere : kNotThere;
+  if (flag == kNotThere) return;
+  __threadfence();
+  // Of two blocks the one that raises it higher may come first.
+  atomicMax(there, flag);
 }
 
 // One thread waits until `least` (kFirstThere, kAllThere) of the slot's expert has come; what it reads afterwards is

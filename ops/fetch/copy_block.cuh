@@ -45,8 +45,8 @@ __device__ void copy_in_block(ExpertCopy const& copy, uint32_t block) {
         source.tensors[static_cast<int64_t>(fetch.expert) * source.tensor_count + chunk.tensor];
     uint8_t* const slot = source.slots + static_cast<uint64_t>(fetch.slot) * source.slot_bytes;
     copy_chunk<kThreads>(tensor + chunk.offset, slot + chunk.offset_in_slot, chunk.bytes);
-    publish_chunk(&tables.chunks_done[item], static_cast<uint32_t>(source.chunk_count),
-                  &tables.arrivals.there[fetch.slot]);
+    publish_chunk(&tables.chunks_done[item], chunk.late, static_cast<uint32_t>(source.chunk_count - source.late_count),
+                  static_cast<uint32_t>(source.late_count), &tables.arrivals.there[fetch.slot]);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/cuda_check.h"
+#include "core/device_limits.h"
 #include "fetch/copy_rates.h"
 
 namespace moe_infer {
@@ -34,13 +35,15 @@ DeviceMemory upload(std::vector<T> const& values) {
   return memory;
 }
 
-std::vector<FetchChunk> chunks_of(std::vector<ExpertPiece> const& pieces, SlotLayout const& layout) {
+// In the order in which they are needed.
+std::vector<FetchChunk> chunks_of(std::vector<ExpertPiece> const& pieces, std::vector<ExpertTensor> const& tensors,
+                                  std::vector<size_t> const& order, SlotLayout const& layout) {
   std::vector<FetchChunk> chunks;
-  for (auto const& piece : pieces) {
-    auto const at = layout.offsets[static_cast<size_t>(piece.tensor)];
+  for (size_t const i : order) {
+    auto const& piece = pieces[i];
     for (uint64_t offset = 0; offset < piece.bytes(); offset += kChunkBytes) {
       auto const bytes = static_cast<uint32_t>(std::min(kChunkBytes, piece.bytes() - offset));
-      chunks.push_back({piece.tensor, bytes, offset, at + offset});
+      chunks.push_back({piece.tensor, bytes, tensors[i].late, offset, layout.offsets[i] + offset});
     }
   }
   return chunks;
@@ -145,7 +148,7 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   found.slot_bytes = cache.slot_bytes();
   found.there = copy_.tables.arrivals.there;
 
-  auto const chunks = chunks_of(first, layout);
+  auto const chunks = chunks_of(first, tensors, order, layout);
   sources_ = upload(on_device);
   chunks_ = upload(chunks);
   auto& source = copy_.source;
@@ -153,6 +156,8 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   source.tensor_count = static_cast<int32_t>(tensors.size());
   source.chunks = chunks_.as<FetchChunk>();
   source.chunk_count = static_cast<int32_t>(chunks.size());
+  source.late_count = static_cast<int32_t>(
+      std::count_if(chunks.begin(), chunks.end(), [](FetchChunk const& chunk) { return chunk.late; }));
   source.slots = found.slots;
   source.slot_bytes = found.slot_bytes;
   return found;
@@ -187,7 +192,8 @@ void DeviceFetch::select_and_plan(Copier copier, RouterParams const& params, voi
                                   Routing const& routing, NextLogits const& next, cudaStream_t stream) const {
   auto const target = copier == Copier::kHost ? next_->get() : nullptr;
   auto const guess = guess_by(next, target.get());
-  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess, stream);
+  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess,
+                        is_hopper(), stream);
   if (copier == Copier::kHost) host_copy_->copy(guess.scores == nullptr ? 0 : target->id, stream);
 }
 

@@ -15,6 +15,7 @@ constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
 struct FetchChunk {
   int32_t tensor;
   uint32_t bytes;
+  bool late;        // its tensor is needed late (ExpertTensor::late)
   uint64_t offset;  // in the tensor
   uint64_t offset_in_slot;
 };
@@ -25,6 +26,7 @@ struct FetchSource {
   int32_t tensor_count = 0;
   FetchChunk const* chunks = nullptr;  // (chunk_count) of any expert
   int32_t chunk_count = 0;
+  int32_t late_count = 0;  // of these: the last ones
   uint8_t* slots = nullptr;
   uint64_t slot_bytes = 0;
 };

@@ -23,7 +23,7 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
 // fills tables.slot_of_choice in, too. With a guess that is not empty it goes with the orders.
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, Guess const& guess, cudaStream_t stream);
+                           FetchTables const& tables, Guess const& guess, bool overlap, cudaStream_t stream);
 
 // Copies what was planned (or, without blocks, waits until others have copied it), expert after expert, and raises its
 // slot's flag when one has come. The kernel after it may start as soon as this one has, and must not wait for it

@@ -57,7 +57,7 @@ struct FetchTables {
   // The call.
   int32_t* item_count = nullptr;    // (1)
   FetchItem* items = nullptr;       // (slots)
-  uint32_t* chunks_done = nullptr;  // (slots): of item i
+  uint64_t* chunks_done = nullptr;  // (slots): of item i, those that are needed late counted in the upper half
   Arrivals arrivals;
   uint64_t* planned = nullptr;        // (1) when the last call that misses something was planned; as last_wait
   int32_t* slot_of_choice = nullptr;  // (kMostPlannedChoices) of a single token; pending(slot) while on its way
@@ -78,7 +78,7 @@ struct FetchTables {
     *shared_bytes = slices.bytes();
     t.item_count = slices.take<int32_t>(1);
     t.items = slices.take<FetchItem>(s);
-    t.chunks_done = slices.take<uint32_t>(s);
+    t.chunks_done = slices.take<uint64_t>(s);
     t.arrivals.there = slices.take<uint32_t>(s);
     t.arrivals.last_wait = slices.take<uint64_t>(1);
     t.planned = slices.take<uint64_t>(1);

@@ -32,7 +32,7 @@ void pause() {
 }  // namespace
 
 HostCopy::HostCopy(CopySource source, int32_t slots)
-    : source_(std::move(source)), ahead_(FetchAhead::of_device()), id_(ahead_->enter(&source_)) {
+    : source_(std::move(source)), bus_(ExpertBus::of_device()), id_(bus_->enter(&source_)) {
   Slices sizes(nullptr);
   take_orders(&sizes, slots);
   memory_ = allocate_pinned(sizes.bytes());
@@ -41,15 +41,12 @@ HostCopy::HostCopy(CopySource source, int32_t slots)
   orders_ = take_orders(&slices, slots);  // page-locked memory has one address, on the host and on the device
 }
 
-HostCopy::~HostCopy() { ahead_->leave(id_); }
+HostCopy::~HostCopy() { bus_->leave(id_); }
 
 void HostCopy::copy(int64_t next_layer, cudaStream_t stream) {
   wait_for_orders(stream);
-  int32_t const ahead = ahead_->end_guess(id_, orders_.items, *orders_.count);
-  for (int32_t i = 0; i < *orders_.count; ++i) {
-    if (i != ahead) copy_expert(orders_.items[i]);
-  }
-  if (next_layer != 0) ahead_->begin_guess(next_layer, *orders_.guess);
+  bus_->bring(id_, orders_.items, *orders_.count, stream);
+  if (next_layer != 0) bus_->guess(next_layer, *orders_.guess);
 }
 
 void HostCopy::wait_for_orders(cudaStream_t stream) {
@@ -57,7 +54,7 @@ void HostCopy::wait_for_orders(cudaStream_t stream) {
   for (;;) {
     for (int i = 0; i < kLooks; ++i) {
       if (has_come()) return;
-      if (i % kLooksAhead == 0) ahead_->feed();
+      if (i % kLooksAhead == 0) bus_->feed();
       pause();
     }
     cudaError_t const status = cudaStreamQuery(stream);
@@ -66,19 +63,6 @@ void HostCopy::wait_for_orders(cudaStream_t stream) {
     if (has_come()) return;
     throw Error(MOE_INFER_INTERNAL, "MoELayer: the kernel that plans a fetch ended without orders");
   }
-}
-
-void HostCopy::copy_expert(FetchItem const& item) {
-  cudaStream_t const stream = ahead_->copy_stream();
-  uint8_t* const slot = source_.slot(item.slot);
-  uint32_t* const flag = source_.there + item.slot;
-  for (size_t i = 0; i < source_.parts.size(); ++i) {
-    auto const& part = source_.parts[i];
-    if (part.late && i > 0 && !source_.parts[i - 1].late) ahead_->flags().write(stream, flag, kFirstThere);
-    MOE_CUDA_CHECK(cudaMemcpyAsync(slot + part.offset_in_slot, source_.address(item.expert, i), part.bytes,
-                                   cudaMemcpyHostToDevice, stream));
-  }
-  ahead_->flags().write(stream, flag, kAllThere);
 }
 
 }  // namespace moe_infer

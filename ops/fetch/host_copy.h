@@ -11,7 +11,7 @@
 
 #include "core/device_memory.h"
 #include "fetch/copy_source.h"
-#include "fetch/fetch_ahead.h"
+#include "fetch/expert_bus.h"
 #include "fetch/fetch_tables.h"
 
 namespace moe_infer {
@@ -25,7 +25,7 @@ class HostCopy {
   HostCopy& operator=(HostCopy const&) = delete;
 
   // False where the driver cannot raise flags in a stream; then the rest is of no use.
-  bool works() const { return ahead_->works(); }
+  bool works() const { return bus_->works(); }
   // For the kernel that plans the next call.
   CopyOrders const& next_orders() {
     ++orders_.wanted;
@@ -33,26 +33,25 @@ class HostCopy {
   }
   CopySource const& source() const { return source_; }
   // Waits until the kernel that was given next_orders(), enqueued on `stream`, has written them, and enqueues the
-  // copies. `next_layer`: for which FetchAhead the kernel guessed, 0: none. One thread at a time. Throws
+  // copies. `next_layer`: for which ExpertBus the kernel guessed, 0: none. One thread at a time. Throws
   // Error(MOE_INFER_CUDA), also for what went wrong in `stream`.
   void copy(int64_t next_layer, cudaStream_t stream);
   // When all kernels of the call are enqueued: the bus may work for the next layer.
-  void fetch_ahead() { ahead_->feed(); }
+  void fetch_ahead() { bus_->feed(); }
   // What is enqueued on `stream` from now on waits for all copies so far. Throws Error(MOE_INFER_CUDA).
-  void order_before(cudaStream_t stream) const { ahead_->order_before(stream); }
+  void order_before(cudaStream_t stream) const { bus_->order_before(stream); }
 
-  // This layer among those for which FetchAhead fetches.
+  // This layer among those for which ExpertBus fetches.
   int64_t id() const { return id_; }
-  AheadCounters ahead_counters() const { return ahead_->counters(id_); }
+  AheadCounters ahead_counters() const { return bus_->counters(id_); }
 
  private:
   void wait_for_orders(cudaStream_t stream);
-  void copy_expert(FetchItem const& item);
 
   CopySource source_;
   PinnedMemory memory_;
   CopyOrders orders_;
-  std::shared_ptr<FetchAhead> ahead_;
+  std::shared_ptr<ExpertBus> bus_;
   int64_t id_;
 };
 

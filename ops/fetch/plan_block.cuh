@@ -21,8 +21,11 @@ struct PlanShared {
 // below 2^62 (policy.h).
 __device__ inline uint64_t plan_key(uint64_t group, uint64_t worth) { return group << 62U | worth; }
 
-// One call:  BlockPlan<kThreads> plan(...);  then the block fills shared->is_needed in;  __syncthreads();
-// plan.decide().
+// One call:  BlockPlan<kThreads> plan(...);  wait_for_previous_kernel();  plan.begin();  then the block fills
+// shared->is_needed in;  __syncthreads();  plan.decide().
+//
+// The tables are asked for before the kernel before has ended: only kernels that plan write them, and one of the same
+// layer is at least the one before that.
 template <int kThreads>
 class BlockPlan {
  public:
@@ -46,9 +49,13 @@ class BlockPlan {
       shared->evicted_count = 0;
       shared->guess = -1;
       counters_ = *tables.counters;
-      last_wait_ = *tables.arrivals.last_wait;
       planned_ = *tables.planned;
     }
+  }
+
+  // When the kernels of the call before are over.
+  __device__ void begin() {
+    if (thread_ == 0) last_wait_ = *tables_.arrivals.last_wait;
   }
 
   // All threads of the block. Afterwards shared->slot_of_expert is right for needed experts.

@@ -16,9 +16,10 @@ __global__ void __launch_bounds__(kThreads)
     plan_kernel(PolicySettings const settings, int32_t const experts, int32_t const slots, int32_t const* counts,
                 FetchTables const tables) {
   __shared__ PlanShared shared;
+  BlockPlan<kThreads> plan(settings, experts, slots, tables, &shared);
   wait_for_previous_kernel();
   start_next_kernel();
-  BlockPlan<kThreads> plan(settings, experts, slots, tables, &shared);
+  plan.begin();
   for (auto e = static_cast<int32_t>(threadIdx.x); e < experts; e += kThreads) {
     shared.is_needed[e] = counts[e] > 0 ? 1 : 0;
   }
@@ -52,10 +53,12 @@ __global__ void __launch_bounds__(kThreads)
                            int32_t const slots, FetchTables const tables, Guess const guess) {
   __shared__ PlanShared shared;
   __shared__ int32_t chosen[kMostPlannedChoices];
-  start_next_kernel();
   auto const thread = static_cast<int32_t>(threadIdx.x);
   BlockPlan<kThreads> plan(settings, params.experts, slots, tables, &shared);
   for (int32_t e = thread; e < params.experts; e += kThreads) shared.is_needed[e] = 0;
+  wait_for_previous_kernel();
+  start_next_kernel();
+  plan.begin();
   __syncthreads();
   if (thread < kSelectLanes) {
     auto const score = [&](int32_t expert) { return load_score(scores, dtype, expert); };
@@ -89,9 +92,10 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, Guess const& guess, cudaStream_t stream) {
+                           FetchTables const& tables, Guess const& guess, bool overlap, cudaStream_t stream) {
   LaunchShape shape;
   shape.threads = kThreads;
+  shape.overlap = overlap;
   shape.stream = stream;
   with_select_items(std::max(params.experts, guess.router.experts), [&](auto items) {
     launch(&select_and_plan_kernel<decltype(items)::value>, shape, params, scores, scores_dtype,

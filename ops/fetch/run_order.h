@@ -14,7 +14,7 @@ namespace moe_infer {
 // What another layer needs to guess for this one. What it points to lives as long as it does, and so outlives the layer
 // while kernels of another may read it.
 struct GuessTarget {
-  int64_t id = 0;  // of FetchAhead
+  int64_t id = 0;  // of ExpertBus
   int device = 0;
   RouterParams router;
   int32_t const* slot_of_expert = nullptr;  // device (experts)

@@ -1,7 +1,8 @@
 // Top-k and routing weights, one warp a token.
 #include <type_traits>
 
-#include "core/cuda_check.h"
+#include "core/grid_dependency.cuh"
+#include "core/launch.h"
 #include "route/route.h"
 #include "route/select_token.cuh"
 
@@ -14,6 +15,8 @@ template <int kItems>
 __global__ void __launch_bounds__(kSelectLanes* kWarps)
     select_kernel(RouterParams const params, void const* __restrict__ scores, DataType dtype, int64_t tokens,
                   int32_t* __restrict__ expert_of_choice, float* __restrict__ weight_of_choice) {
+  wait_for_previous_kernel();
+  start_next_kernel();
   int const lane = static_cast<int>(threadIdx.x) % kSelectLanes;
   int64_t const token = static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kSelectLanes;
   if (token >= tokens) return;  // the whole warp
@@ -25,14 +28,17 @@ __global__ void __launch_bounds__(kSelectLanes* kWarps)
 }  // namespace
 
 void select_experts(RouterParams const& params, void const* scores, DataType scores_dtype, int64_t tokens,
-                    Routing const& routing, cudaStream_t stream) {
+                    Routing const& routing, bool overlap, cudaStream_t stream) {
   if (tokens == 0) return;
-  auto const grid = static_cast<unsigned>((tokens + kWarps - 1) / kWarps);
+  LaunchShape shape;
+  shape.blocks = static_cast<unsigned>((tokens + kWarps - 1) / kWarps);
+  shape.threads = kSelectLanes * kWarps;
+  shape.overlap = overlap;
+  shape.stream = stream;
   with_select_items(params.experts, [&](auto items) {
-    select_kernel<decltype(items)::value><<<grid, kSelectLanes * kWarps, 0, stream>>>(
-        params, scores, scores_dtype, tokens, routing.expert_of_choice, routing.weight_of_choice);
+    launch(&select_kernel<decltype(items)::value>, shape, params, scores, scores_dtype, tokens,
+           routing.expert_of_choice, routing.weight_of_choice);
   });
-  MOE_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace moe_infer

@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   bool waited = false;
   if (one) {
     wait_for_previous_kernel();
+    start_next_kernel();
     waited = true;
     if (!find_expert<kFetches>(p, 0, &expert)) return;
   } else if (threadIdx.x < choices) {
@@ -308,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       prefetch_rows(weights + static_cast<int64_t>(first) * kPackSize<T>, hidden,
                     static_cast<int64_t>(end - first) * kPackSize<T>);
       wait_for_previous_kernel();
+      start_next_kernel();
       waited = true;
     }
     if constexpr (kFetches) {
@@ -325,8 +327,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       results[item * kRows + static_cast<int32_t>(threadIdx.x) % kLanes] = value;
     }
   }
-  if (!waited) wait_for_previous_kernel();
-  start_next_kernel();
+  if (!waited) {
+    wait_for_previous_kernel();
+    start_next_kernel();
+  }
   __syncthreads();
 
   int32_t const thread = static_cast<int32_t>(threadIdx.x);
