@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import prefetch_study
 import record_traces
-from prefetch_study import best
+from moe_bench.guesses import best, by_recall, recall
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -123,29 +123,10 @@ def generated(shape: Shape, locality: float = 0.5, tokens: int = TOKENS) -> Gues
     scores = np.stack(list(itertools.islice(scored, tokens)), axis=2).astype(np.float32)
     choices = best(scores, shape.top_k)
     names = tuple(str(layer) for layer in range(shape.layers))
-    noise = np.random.default_rng(1).standard_normal(scores.shape, np.float32)
     longer = min(shape.top_k + LONGER, shape.experts)
-    guesses = {
-        f"{target:.2f}": best(scores + fitted(scores, noise, choices, target) * noise, longer)
-        for target in RECALLS
-    }
+    found = by_recall(scores, shape.top_k, RECALLS, longer)
+    guesses = {f"{wanted:.2f}": guess for wanted, guess in found.items()}
     return Guessed(Trace(shape.experts, choices, names), guesses)
-
-
-def fitted(scores: Array, noise: Array, choices: Array, target: float) -> float:
-    """How much noise gives the recall; by halving."""
-    some = (slice(None), slice(None), slice(100))
-    low, high = 0.0, 20.0
-    for _ in range(16):
-        middle = (low + high) / 2
-        guess = best(scores[some] + middle * noise[some], choices.shape[-1])
-        low, high = (middle, high) if recall(guess, choices[some]) > target else (low, middle)
-    return low
-
-
-def recall(guess: Array, chosen: Array) -> float:
-    """Part of the chosen experts that is guessed."""
-    return float((chosen[..., :, None] == guess[..., None, :]).any(-1).mean())
 
 
 # --- What is found

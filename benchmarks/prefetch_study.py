@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import record_traces
+from moe_bench.guesses import best, recall
 from moe_bench.report import markdown_table
 from onnx import helper, numpy_helper
 
@@ -127,11 +128,6 @@ def layer_of(layer: LayerNode, router: Array, hidden: Array, logits: Array) -> L
     return Layer(layer.name, top_k, router, hidden, best(flat, top_k))
 
 
-def best(scores: Array, count: int) -> Array:
-    """The largest ``count`` of the last axis, largest first, ties to the lower index."""
-    return np.argsort(-scores, axis=-1, kind="stable")[..., :count]
-
-
 def study(sequences: Sequence[Sequence[Layer]]) -> list[dict[str, Any]]:
     """For each pair of layers, the part of the second one's experts that is guessed."""
     rows = []
@@ -161,11 +157,6 @@ def study(sequences: Sequence[Sequence[Layer]]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def recall(guess: Array, chosen: Array) -> float:
-    """Part of the chosen experts that is among those guessed for the token."""
-    return float((chosen[:, :, None] == guess[:, None, :]).any(2).mean())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,12 +7,13 @@
 Bare layers through the library's C entry, in one process: A, InfMoE's own example, cold and over
 repeated calls; B, the 48 MoE layers of a Qwen3-30B-shaped decoder with slots for a part of the
 experts, on skewed traces; C, four Mixtral layers and one token, beside accelerate's cpu_offload; D,
-weights that are read from the disk. The host drives the fetches, or the device does inside of a
-CUDA graph (--modes). The bus is measured in the same run; the floor of a time is what the missed
-bytes take on it, or the time with all experts resident. Results are compared with float64 or, bit
-by bit, with the layer whose experts all stay, before a time counts. Writes streaming.json after
-every point, and streaming.png, into --out. Needs a GPU, PyTorch and the built library; what else is
-missing costs only its rows. benchmarks/results/README.md says what the columns mean.
+weights that are read from the disk; F, B's layers with guesses of what the next layer needs, which
+the host fetches ahead. The host drives the fetches, or the device does inside of a CUDA graph
+(--modes). The bus is measured in the same run; the floor of a time is what the missed bytes take on
+it, or the time with all experts resident. Results are compared with float64 or, bit by bit, with
+the layer whose experts all stay, before a time counts. Writes streaming.json after every point, and
+streaming.png, into --out. Needs a GPU, PyTorch and the built library; what else is missing costs
+only its rows. benchmarks/results/README.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moe_bench.machine import COMMIT_VARIABLE, describe, gpu_state
 from moe_bench.point import message
 from moe_bench.record_file import RecordFile
 from moe_bench.report import number
-from moe_bench.streaming import decoder, disk, example, offload, report
+from moe_bench.streaming import ahead, decoder, disk, example, offload, report
 from moe_bench.streaming.bus import bus_speed
 from moe_bench.streaming.chain import PINNED_VARIABLE
 from moe_bench.streaming.context import Context, Points
@@ -46,13 +47,14 @@ from moe_bench.streaming.shapes import DEFAULT_MODES, MODES, PARTS
 PINNED = "40G"
 """What may be pinned unless the environment says otherwise: the largest part's weights twice."""
 
-SHARES = {"C": 0.35, "A": 0.25, "B": 0.35, "A32": 0.15, "D": 0.05}
+SHARES = {"C": 0.35, "A": 0.25, "B": 0.35, "F": 0.2, "A32": 0.15, "D": 0.05}
 """Of the time, about; what a part leaves over goes to those after it."""
 
 MAKERS: dict[str, Callable[[Context], Points]] = {
     "A": lambda context: example.points(context, "bfloat16", "A"),
     "A32": lambda context: example.points(context, "float32", "A32"),
     "B": decoder.points,
+    "F": ahead.points,
     "C": offload.points,
     "D": disk.points,
 }
@@ -60,6 +62,7 @@ PLANNED: dict[str, Callable[[int], int]] = {
     "A": example.planned,
     "A32": example.planned,
     "B": decoder.planned,
+    "F": ahead.planned,
     "C": offload.planned,
     "D": disk.planned,
 }
@@ -79,17 +82,17 @@ def main() -> int:
     planned = {part: PLANNED[part](len(options.modes)) for part in options.parts}
     budget = Budget(60 * options.minutes, sum(planned.values()))
     context = Context(budget, options.dir, options.disk, tuple(options.modes))
-    missed, ahead = 0, list(options.parts)
+    missed, waiting = 0, list(options.parts)
     try:
-        while ahead:
-            share = SHARES[ahead[0]] / sum(SHARES[part] for part in ahead)
-            part = ahead.pop(0)
+        while waiting:
+            share = SHARES[waiting[0]] / sum(SHARES[part] for part in waiting)
+            part = waiting.pop(0)
             seconds = max(0.0, share * (60 * options.minutes - budget.used))
             rest = planned[part]
             if not budget.spent:
                 rest -= measure_part(part, context, record, seconds)
             missed += rest
-            budget.left = sum(planned[other] for other in ahead)
+            budget.left = sum(planned[other] for other in waiting)
     except KeyboardInterrupt:
         print("stopped; what was measured is kept", file=sys.stderr)
     print(report.text(record.data))
@@ -149,10 +152,10 @@ def measure_part(part: str, context: Context, record: RecordFile, seconds: float
 def line(point: dict[str, object]) -> str:
     """A point while the program runs."""
     about = ("tokens", "slots", "routing", "state", "mode")
-    said = " ".join(str(point[name]) for name in about)
+    said = " ".join(str(point[name]) for name in about) + report.guess(point)
     if "failed" in point:
         return f"{said}: {point['failed']}"
-    values = ("ms", "floor_ms", "over_floor", "gb_a_second", "hit_rate")
+    values = ("ms", "floor_ms", "over_floor", "gb_a_second", "hit_rate", "gain")
     told = ", ".join(f"{name} {number(point[name])}" for name in values if point.get(name))
     return f"{said}: {told}"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,8 +24,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from moe_bench.budget import Budget  # noqa: E402
 from moe_bench.cases import CASES, Case  # noqa: E402
 from moe_bench.check import WrongResultError  # noqa: E402
+from moe_bench.guesses import best  # noqa: E402
 from moe_bench.peers.peer import UnavailableError  # noqa: E402
 from moe_bench.streaming import (  # noqa: E402
+    ahead,
     chain,
     claims,
     decoder,
@@ -39,9 +41,10 @@ from moe_bench.streaming import (  # noqa: E402
     traces,
 )
 from moe_bench.streaming.context import Context  # noqa: E402
+from moe_bench.timing import cycles_a_us  # noqa: E402
 
 from moe_infer import op, reference  # noqa: E402
-from moe_infer.runtime.native import LayerStats  # noqa: E402
+from moe_infer.runtime.native import LayerStats, NextLogits  # noqa: E402
 from moe_infer.simulate import COVERAGE  # noqa: E402
 from moe_infer.weights import open_expert_weights  # noqa: E402
 
@@ -59,9 +62,13 @@ class FakeLayer:
 
     Class attributes:
         wrong: whether layers that stream add something to their results.
+        guess: experts that the layer before guessed, most likely first.
+        recalls: part of what was needed, of each guess.
     """
 
     wrong = False
+    guess: list[int] | None = None
+    recalls: ClassVar[list[float]] = []
 
     def __init__(
         self, attributes: dict[str, Any], d_model: int, dtype: str, has_logits: bool, logits: str
@@ -83,7 +90,15 @@ class FakeLayer:
         return 16 * tokens
 
     def run(
-        self, x: int, logits: int, output: int, tokens: int, workspace: int, size: int, stream: int
+        self,
+        x: int,
+        logits: int,
+        output: int,
+        tokens: int,
+        workspace: int,
+        size: int,
+        stream: int,
+        next_logits: NextLogits | None = None,
     ) -> None:
         assert self.open and size >= self.workspace(tokens)
         given = self._at(x, tokens, self._d_model).double().numpy()
@@ -91,6 +106,10 @@ class FakeLayer:
         value = reference.moe_layer(given, self._config, self._experts, scores)
         if self.streams:
             self._fetch(reference.route(given, self._config, scores)[0])
+            if next_logits is not None:
+                assert getattr(torch, next_logits.dtype) == self._type
+                told = self._at(next_logits.ptr, tokens, next_logits.expert_count).float().numpy()
+                FakeLayer.guess = best(told[0], self._config.top_k).tolist()
             value = value + self.wrong
         self._at(output, tokens, self._d_model).copy_(torch.from_numpy(value))
 
@@ -98,6 +117,7 @@ class FakeLayer:
         """The library's rule for the least recently used: ops/core/policy.h."""
         self._clock += 1
         needed = np.unique(chosen).tolist()
+        self._end_guess(needed)
         missed = [e for e in needed if e not in self._slots]
         for e in needed:
             self._last_use[e] = self._clock
@@ -111,6 +131,18 @@ class FakeLayer:
         self._counts["hits"] += len(needed) - len(missed)
         self._counts["misses"] += len(missed)
         self._counts["bytes_fetched"] += len(missed) * self._bytes
+
+    def _end_guess(self, needed: list[int]) -> None:
+        """As if all of the first guessed expert that is in no slot had come."""
+        guess, FakeLayer.guess = FakeLayer.guess, None
+        if guess is None:
+            return
+        FakeLayer.recalls.append(len({*guess} & {*needed}) / len(needed))
+        for expert in [e for e in guess if e not in self._slots][:1]:
+            how = "used" if expert in needed else "wasted"
+            self._counts[f"prefetches_{how}"] += 1
+            self._counts[f"prefetch_bytes_{how}"] += self._bytes
+            self._counts["bytes_fetched"] += self._bytes * (how == "wasted")  # else it is a miss's
 
     def _worth(self, expert: int, needed: list[int]) -> tuple[int, int]:
         if expert < 0:
@@ -159,7 +191,10 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: time.sleep(1e-9 * cycles))
     monkeypatch.setattr(FakeLayer, "wrong", False)
+    monkeypatch.setattr(FakeLayer, "guess", None)
+    monkeypatch.setattr(FakeLayer, "recalls", [])
     monkeypatch.setattr(predicted, "hit_rates", lambda *_: {})  # the library's
     for module, name, value in (
         (example, "EXAMPLE", T5),
@@ -173,6 +208,8 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (decoder, "DECODER_FILES", 2),
         (decoder, "DECODER_TOKENS", (1, 5)),
         (decoder, "STEPS", {1: (6, 8), 5: (1, 3)}),
+        (ahead, "DECODER", QWEN),
+        (ahead, "DECODER_LAYERS", 3),
         (offload, "MIXTRAL", MIXTRAL),
         (offload, "MIXTRAL_LAYERS", 2),
         (disk, "DECODER", QWEN),
@@ -239,6 +276,53 @@ def test_hit_rates_are_those_of_the_librarys_replay(
     assert any(point["belady_hit_rate"] > point["hit_rate"] for point in found)
 
 
+def test_guesses_of_the_stated_recall_reach_the_layer_that_they_are_for(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(decoder, "STEPS", {1: (20, 100)})
+    monkeypatch.setattr(ahead, "AHEAD_BUDGETS", (25,))
+    monkeypatch.setattr(ahead, "AHEAD_PAUSES_US", (0,))
+    found = {}
+    for point in ahead.points(context_in(tmp_path)):
+        found[point["recall"]] = point
+        if point["recall"] is None:
+            assert not FakeLayer.recalls
+            continue
+        assert len(FakeLayer.recalls) == 120 * 2  # steps, layers but the first
+        assert np.mean(FakeLayer.recalls) == pytest.approx(point["recall"], abs=0.04)
+        FakeLayer.recalls.clear()
+    without, *others = found.values()
+    assert (without["prefetches_used"], without["prefetches_wasted"]) == (0, 0)
+    assert without["gain"] is None and without["bytes_fetched"] == without["bytes_a_run"]
+    for point in others:
+        assert point["gain"] == without["ms"] / point["ms"]
+        assert point["samples"] == 100
+        assert point["prefetches_wasted"] > 0
+        for name in ("hit_rate", "bytes_a_run", "floor_ms"):  # of the same trace, what is needed
+            assert point[name] == pytest.approx(without[name]), name
+        wasted = point["bytes_fetched"] - point["bytes_a_run"]
+        assert wasted == pytest.approx(point["prefetch_bytes_wasted"])
+    used = [found[recall]["prefetches_used"] for recall in (0.6, 0.75, 0.9)]
+    assert used == sorted(used) and 0 < used[0] < used[2]
+
+
+def test_pauses_between_the_layers(without_gpu: None, tmp_path: Path) -> None:
+    found = list(ahead.points(context_in(tmp_path, "device")))
+    assert len(found) == ahead.planned(1) == 24
+    assert all(point["mode"] == "host" and "failed" not in point for point in found)
+    for point in found:
+        pause_ms = 1e-3 * 3 * point["pause_us"]
+        assert point["ms"] > pause_ms and point["resident_ms"] > pause_ms
+        assert point["bus_ms"] == pytest.approx(1e3 * point["bytes_a_run"] / 1e9)
+        assert (point["pause_cycles"] > 0) == (point["pause_us"] > 0)
+    assert [p["recall"] for p in found[:4]] == [None, 0.75, 0.9, 0.6]
+    assert not list(tmp_path.iterdir())
+
+
+def test_cycles_are_measured(without_gpu: None) -> None:
+    assert 500 < cycles_a_us() <= 1000  # a cycle of the sleep here takes a nanosecond
+
+
 def test_four_layers_and_one_token(without_gpu: None, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = {(p["mode"], p["state"]): p for p in offload.points(context_in(tmp_path))}
@@ -267,7 +351,7 @@ def test_from_the_disk(without_gpu: None, tmp_path: Path) -> None:
     assert "MOE_INFER_PINNED_BYTES" not in __import__("os").environ
 
 
-@pytest.mark.parametrize("part", [decoder.points, offload.points, disk.points])
+@pytest.mark.parametrize("part", [decoder.points, ahead.points, offload.points, disk.points])
 def test_a_result_that_is_not_the_residents_has_no_time(
     without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: Any
 ) -> None:
@@ -360,6 +444,7 @@ def test_everything(
     assert run_program(program, monkeypatch, tmp_path, "--modes", "host") == 0
     data = json.loads((tmp_path / "streaming.json").read_text())
     assert {point["part"] for point in data["points"]} == set(shapes.PARTS)
+    assert sum(point["part"] == "F" for point in data["points"]) == ahead.planned(1)
     assert [entry["part"] for entry in data["runs"][0]["bus"]] == list(shapes.PARTS)
     assert data["runs"][0]["settings"]["MOE_INFER_PINNED_BYTES"] == "1G"
     shown = capsys.readouterr().out
@@ -420,6 +505,13 @@ def test_shares_are_as_steep_as_is_said() -> None:
         found = traces.coverage(chosen, case.experts)
         for part, wanted in zip(("0.25", "0.5", "0.75"), COVERAGE, strict=True):
             assert found[part] == pytest.approx(wanted, abs=0.03), (case, found)
+
+
+def test_the_scores_are_those_that_the_choices_come_from() -> None:
+    case = CASES["qwen3"]
+    chosen = traces.skewed(case, 3, 20, 1, 0.5, 7, "cpu")
+    highest = best(traces.scores(case, 3, 20, 0.5, 7), case.top_k).transpose(2, 0, 1, 3)
+    assert np.array_equal(np.sort(highest), np.sort(chosen.numpy()))
 
 
 def test_locality_keeps_experts_and_leaves_the_shares() -> None:
@@ -592,6 +684,35 @@ def test_claims_about_the_decoder() -> None:
     assert held([{**hits, "over_resident": 1.04}], "host: all hits, over resident") is False
 
 
+def test_claim_about_guesses() -> None:
+    claim = "host: F, hit rates that are not the replay's"
+    made = point("F", recall=0.75, pause_us=50, replay_hit_rate=0.7)
+    assert held([made], claim) is True
+    assert held([made, {**made, "hit_rate": 0.71}], claim) is False
+    assert (
+        held([{**made, "hit_rate": 0.71}], "host: B, hit rates that are not the replay's") is None
+    )
+
+
+def test_guesses_have_a_table_of_their_own() -> None:
+    counts = {"used": 9.0, "wasted": 2.5}
+    more = {f"prefetch{what}_{how}": n for how, n in counts.items() for what in ("es", "_bytes")}
+    made = [
+        point("F", recall=recall, pause_us=50, gain=recall and 1.05, **more)
+        for recall in (None, 0.75)
+    ]
+    made.append({**made[1], "recall": 0.9, "failed": "no room"})
+    del made[2]["ms"]
+    head, _, *rows = report.table(made).splitlines()
+    assert head.startswith("| slots | pause, us | recall | ms |") and " gain " in head
+    assert rows[0].startswith("| 4 | 50 | no guesses | 100 |")
+    assert rows[1].startswith("| 4 | 50 | 75 % | 100 |") and " 1.05 " in rows[1]
+    assert " 70.0 % | 9.00 | 2.50 | " in rows[1]
+    assert rows[2].startswith("| 4 | 50 | 90 % |  | – |")
+    (note,) = report.notes(made)
+    assert note == "  host 512/4 cold, 50 us, 90 % guesses: not available: no room"
+
+
 def test_failed_points_are_in_the_table_and_its_notes() -> None:
     made = [point("A"), {"failed": "no CUDA graph", **point("A", mode="device")}]
     del made[1]["ms"]
@@ -613,5 +734,9 @@ def test_plot(tmp_path: Path) -> None:
 
     draw({"points": []}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-    draw({"points": [point("A", floor_ms=90.0), point("C", slots=None)]}, tmp_path / "some.png")
+    guessed = point("F", recall=None, pause_us=50)
+    draw(
+        {"points": [point("A", floor_ms=90.0), point("C", slots=None), guessed]},
+        tmp_path / "some.png",
+    )
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ahead_study  # noqa: E402
 import ahead_tables  # noqa: E402
+from moe_bench.guesses import recall  # noqa: E402
 
 # 1 GB/s is 1,000 bytes a microsecond: an expert takes 100 us.
 PACE = Pace(expert_bytes=100_000, bus=1, idle_us=40, beside_us=10, stop_bytes=5_000)
@@ -167,7 +168,7 @@ def test_guesses_have_the_stated_recall() -> None:
     shape = ahead_study.Shape(3, 32, 4, 1e6, 10, (0.69, 0.90, 0.98), (8,), (1,))
     guessed = ahead_study.generated(shape, tokens=200)
     for target, list_of in guessed.guesses.items():
-        found = ahead_study.recall(list_of[..., :4], guessed.trace.choices)
+        found = recall(list_of[..., :4], guessed.trace.choices)
         assert found == pytest.approx(float(target), abs=0.01)
 
 

@@ -16,6 +16,7 @@ LONG_MS = 20.0
 """A layer whose run takes longer is sampled less often."""
 ROUNDS = 5
 _LEAD_CYCLES = 200_000
+_LONG_CYCLES = 20_000_000
 
 
 @dataclass
@@ -133,6 +134,22 @@ def measure(contenders: Mapping[str, Contender], budget_s: float = 60.0) -> dict
         if name not in results:
             results[name] = spread(contenders[name].times)
     return {name: results[name] for name in contenders}
+
+
+def cycles_a_us() -> float:
+    """Cycles of ``torch.cuda._sleep`` a microsecond, at the clock that the GPU has when it works.
+
+    The launch is in it, which is little of so long a sleep.
+    """
+    found = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(_LONG_CYCLES)
+        end.record()
+        end.synchronize()
+        found.append(1e3 * float(start.elapsed_time(end)))
+    return _LONG_CYCLES / statistics.median(found)
 
 
 def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:

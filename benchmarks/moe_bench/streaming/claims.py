@@ -41,6 +41,8 @@ def summarise(points: Sequence[Point]) -> list[dict[str, Any]]:
         lines += _about_the_example(mode, mine)
         lines += _about_mixtral(mode, mine, timed)
         lines += _about_the_decoder(mode, mine)
+        if mode == "host":
+            lines.append(_about_the_replay("F", mode, mine))  # guesses evict nothing
     return lines
 
 
@@ -161,13 +163,7 @@ def _about_the_decoder(mode: str, points: list[Point]) -> list[dict[str, Any]]:
             lambda v: v <= DECODER_OVER_FLOOR,
             max,
         ),
-        _line(
-            f"{mode}: B, hit rates that are not the replay's",
-            [p["hit_rate"] - p["replay_hit_rate"] for p in points if p.get("replay_hit_rate")],
-            "0",
-            lambda v: abs(v) < 1e-9,
-            lambda values: max(values, key=abs),
-        ),
+        _about_the_replay("B", mode, points),
         _line(
             f"{mode}: B, batch 1, simulated time over measured",
             [
@@ -187,6 +183,17 @@ def _about_the_decoder(mode: str, points: list[Point]) -> list[dict[str, Any]]:
             max,
         ),
     ]
+
+
+def _about_the_replay(part: str, mode: str, points: list[Point]) -> dict[str, Any]:
+    mine = [p for p in points if p["part"] == part and p.get("replay_hit_rate")]
+    return _line(
+        f"{mode}: {part}, hit rates that are not the replay's",
+        [p["hit_rate"] - p["replay_hit_rate"] for p in mine],
+        "0",
+        lambda v: abs(v) < 1e-9,
+        lambda values: max(values, key=abs),
+    )
 
 
 def _line(

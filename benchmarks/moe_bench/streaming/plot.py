@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_bench.streaming.report import TITLES
+from moe_bench.streaming.report import TITLES, guess
 
 COLOURS = {
     "host": "tab:blue",
@@ -57,4 +57,5 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
 def label(point: Mapping[str, Any]) -> str:
     """What a bar is about."""
     slots = "" if point.get("slots") is None else f", {point['slots']} slots"
-    return f"{point['tokens']} tokens{slots}, {point['routing']}, {point['state']}, {point['mode']}"
+    about = f"{point['routing']}, {point['state']}, {point['mode']}{guess(point)}"
+    return f"{point['tokens']} tokens{slots}, {about}"

@@ -9,7 +9,7 @@ from moe_bench.record_file import RecordFile
 from moe_bench.streaming.claims import summarise
 from moe_bench.streaming.shapes import INFMOE_MS
 
-_KEY = ("part", "dtype", "tokens", "slots", "routing", "state", "mode")
+_KEY = ("part", "dtype", "tokens", "slots", "routing", "state", "mode", "recall", "pause_us")
 _HEAD = {
     "benchmark": "MoE layers whose experts do not all fit in GPU memory",
     "unit": "milliseconds for one run of all layers of a point, router logits given",

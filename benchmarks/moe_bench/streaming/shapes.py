@@ -11,7 +11,7 @@ DECODER = CASES["qwen3"]
 """A layer of a Qwen3-30B-A3B-shaped decoder."""
 MIXTRAL = CASES["mixtral"]
 
-PARTS = ("C", "A", "B", "A32", "D")
+PARTS = ("C", "A", "B", "F", "A32", "D")
 """In the order of their importance; A32 is A in float32."""
 MODES = ("host", "device", "auto")
 """What drives the fetches: the host with the copy engines; a kernel, inside of a CUDA graph; or
@@ -31,6 +31,12 @@ DECODER_BUDGETS = (25, 50, 10, 100)
 DECODER_TOKENS = (1, 8, 64, 4096)
 LOCALITY = 0.5
 """Correlation of an expert's score from step to step; see moe_infer.simulate.generate."""
+
+AHEAD_BUDGETS = (25, 50, 10)
+AHEAD_PAUSES_US = (50, 0)
+"""After each layer, in the place of attention."""
+AHEAD_RECALLS = (0.75, 0.90, 0.60)
+"""Part of a layer's experts that is guessed while the layer before it runs."""
 
 MIXTRAL_LAYERS = 4
 MIXTRAL_SLOTS = 2

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import torch
 
 from moe_bench.cases import Case
 from moe_bench.weights import TORCH_DTYPES
-from moe_infer.simulate import generate
+from moe_infer.simulate import COVERAGE, generate
+from moe_infer.simulate.generate import fitted_weights, token_scores
+
+Array = np.ndarray[Any, Any]
 
 LARGEST = 2.0
 STEP = 1 / 8
@@ -37,6 +43,13 @@ def skewed(
     choices = torch.from_numpy(trace.choices.astype(np.int64))
     turns = torch.arange(layers) % distinct
     return choices[turns].permute(2, 0, 1, 3).contiguous().to(device)
+
+
+def scores(case: Case, layers: int, steps: int, locality: float, seed: int) -> Array:
+    """(layers, 1, steps, experts), of which ``skewed`` with one token chooses the highest."""
+    weights = fitted_weights(case.experts, case.top_k, COVERAGE)
+    made = token_scores(weights, layers, 1, locality, seed)
+    return np.stack(list(itertools.islice(made, steps)), axis=2)
 
 
 def few(case: Case, layers: int, steps: int, experts: int, seed: int, device: str) -> torch.Tensor:
