@@ -165,10 +165,23 @@ def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> 
     told = [f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}" for run in runs]
     parts = [f"Milliseconds for one run or step; {'; '.join(told)}."]
     for part, title in streaming_report.TITLES.items():
+        if part == "F":
+            continue  # ahead_measured
         points = [p for p in record["points"] if p["part"] == part and "ms" in p]
         if points:
             parts += [title, streaming_report.table(points)]
     return "\n\n".join(parts)
+
+
+def ahead_measured(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
+    """What fetching ahead gave."""
+    record = json.loads(path.read_text()) if path.exists() else {"points": []}
+    points = [p for p in record["points"] if p["part"] == "F" and "ms" in p]
+    if not points:
+        return "Not measured yet; `python benchmarks/streaming.py --parts F` does."
+    run = record["runs"][points[0]["run"]]
+    told = f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}"
+    return f"{streaming_report.TITLES['F']}; {told}:\n\n{streaming_report.table(points)}"
 
 
 def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
@@ -241,6 +254,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "resident_claims": resident_claims,
     "streaming": streaming_table,
     "streaming_in_short": streaming_in_short,
+    "ahead_measured": ahead_measured,
     "policies": policy_study(tables.by_trace),
     "budgets": policy_study(tables.by_budget),
     "circles": policy_study(tables.circles),
