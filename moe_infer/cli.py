@@ -160,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--expert-use", action="store_true", help="show which experts the run used")
     run.add_argument(
+        "--layers-only",
+        action="store_true",
+        help="leave all but the MoELayer nodes to other providers than TensorRT",
+    )
+    run.add_argument(
         "--stats",
         action="store_true",
         help="show what each layer's experts did: hits, misses, bytes fetched, use and residency",
@@ -300,6 +305,7 @@ def _run(options: argparse.Namespace) -> int:
             input_shapes=ranges,
             expert_use=options.expert_use,
             gpu_budget=options.gpu_budget,
+            layers_only=options.layers_only,
         )
     creation = time.perf_counter() - started
     names = [output.name for output in session.get_outputs()]

@@ -18,8 +18,8 @@ def set_fetch_ahead(
 
     A guess is the next layer's router, applied to this layer's hidden states: nodes in the graph
     that give the layer's input 2. It changes no output, and it is only for layers that stream: a
-    layer gets none where all experts of the next one, or its own, stay on the GPU. So set a GPU budget first.
-    Guesses that are there already are made anew.
+    layer gets none where all experts of the next one, or its own, stay on the GPU. So set a GPU
+    budget first. Guesses that are there already are made anew.
 
     Args:
         path: of the model, which is left as it is.

@@ -636,6 +636,64 @@ def test_ranges_of_values_at_which_the_graph_is_cut() -> None:
     }
 
 
+def test_tensorrt_gets_the_layers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operator of the rest is excluded, in branches too, and the cuts get ranges."""
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    model = onnx.load(path)
+    (layer,) = [n for n in model.graph.node if n.op_type == "MoELayer"]
+    hidden = layer.input[0]
+    parsed = onnx.parser.parse_graph(
+        "g (float[batch, seq, 16] x) => (float[batch, seq, 16] b) {"
+        " t = Constant <value = bool {1}> ()"
+        " a = If (t) <then_branch = th () => (float[batch, seq, 16] p) { p = Sin (x) },"
+        " else_branch = el () => (float[batch, seq, 16] q) { q = Cos (x) }>"
+        " b = Identity (a) }"
+    )
+    layer.input[0] = "b"
+    for node in reversed(parsed.node):
+        for i, name in enumerate(node.input):
+            node.input[i] = hidden if name == "x" else name
+        for attribute in node.attribute:
+            for inner in attribute.g.node:
+                inner.input[0] = hidden
+        model.graph.node.insert(0, node)
+    info = onnx.helper.make_tensor_value_info("b", 1, ["batch", "seq", 16])
+    model.graph.value_info.append(info)
+    onnx.save(model, path)
+    recorder = Recorder(monkeypatch)
+    given = [{"trt_op_types_to_exclude": "TopK,Sin", "trt_fp16_enable": "0"}, {}, {}]
+    ranges = {"batch": (1, 1, 2), "seq": (1, 2, 3)}
+    moe_infer.InferenceSession(
+        path, providers=ALL, provider_options=given, dims=ranges, layers_only=True
+    )
+    ((_, _, _, (options, *_), _),) = recorder.calls
+    excluded = options["trt_op_types_to_exclude"].split(",")
+    assert excluded[:2] == ["TopK", "Sin"] and options["trt_fp16_enable"] == "0"
+    rest = {n.op_type for n in model.graph.node if n.op_type != "MoELayer"}
+    assert set(excluded) == rest | {"TopK", "Sin", "Cos"} and len(set(excluded)) == len(excluded)
+    assert "b:1x1x16" in options["trt_profile_min_shapes"].split(",")
+    assert "MoELayer" not in excluded
+
+
+def test_a_run_without_an_engine_says_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, [attributes_in(tmp_path)])
+    Recorder(monkeypatch)
+    session = moe_infer.InferenceSession(path, providers=ALL)
+    says = ["EP failed to create engine from network."]
+
+    def run(*_: Any) -> None:
+        raise RuntimeError(says[0])
+
+    monkeypatch.setattr(ort.InferenceSession, "run", run)
+    with pytest.raises(RuntimeError, match=r"network\.; TensorRT cannot build.*layers_only=True"):
+        session.run(None, {})
+    says[0] = "something else"
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        session.run(None, {})
+
+
 def test_a_growing_sequence_is_told_once() -> None:
     watch = profiles.ShapeWatch({"x": [1, "seq"], "fixed": [3]}, None)
     assert watch.look({"x": (1, 5), "fixed": (3,)}) == ""

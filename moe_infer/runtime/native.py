@@ -136,7 +136,7 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class NextLogits:
-    """Input ``next_router_logits`` of a run: what the next layer's router makes of this one's input.
+    """Input ``next_router_logits``: what the next layer's router makes of this one's input.
 
     Attributes:
         ptr: device address, (tokens, expert_count).

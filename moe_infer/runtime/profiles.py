@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from moe_infer.graph.dimensions import evaluate, names_in
+from moe_infer.graph.lower_nodes import is_layer
 from moe_infer.graph.shapes import ValueTypes
 from moe_infer.op import DOMAIN
 
@@ -196,7 +197,10 @@ def _size(symbol: str, symbols: Mapping[str, Shape], which: int) -> int:
 
 
 def border_profiles(
-    model: onnx.ModelProto, input_shapes: Mapping[str, Any], profiles: Profiles
+    model: onnx.ModelProto,
+    input_shapes: Mapping[str, Any],
+    profiles: Profiles,
+    layers_only: bool = False,
 ) -> Profiles:
     """Adds the values at which ONNX Runtime has to cut the graph for TensorRT.
 
@@ -208,13 +212,14 @@ def border_profiles(
         model: with value_info.
         input_shapes: as for :func:`make_profiles`.
         profiles: of the graph's inputs.
+        layers_only: TensorRT gets the MoELayer nodes alone.
     """
     symbols = {n: tuple(v) for n, v in input_shapes.items() if all(_is_size(x) for x in v)}
     stated = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
     types = ValueTypes(stated)
     shapes = dict(profiles.shapes)
     for node in model.graph.node:
-        if node.domain in _OF_TENSORRT:
+        if is_layer(node) if layers_only else node.domain in _OF_TENSORRT:
             continue
         for name in node.output:
             dims = types.shape(name)

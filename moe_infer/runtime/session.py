@@ -23,6 +23,7 @@ from moe_infer.inspect import LayerInfo, describe
 from moe_infer.runtime import native, plugin
 from moe_infer.runtime.expert_use import ExpertUse, UseTotals, add_taps, choices, count
 from moe_infer.runtime.input_ranges import dimensions_of, ranges_of, shape_of
+from moe_infer.runtime.layers_only import add_remedy, exclude_the_rest
 from moe_infer.runtime.options import copy_options, set_entries
 from moe_infer.runtime.prepare import FOLDER, Prepared, for_tensorrt, foreign_domains, lower_for
 from moe_infer.runtime.profiles import Profiles, ShapeWatch, border_profiles, make_profiles
@@ -73,6 +74,9 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
             ``MOE_INFER_GPU_BUDGET`` says, if it is set. It is for slots alone, not for workspace,
             and for this session alone. On a lowered model it has no effect, which is said once in a
             process.
+        layers_only: TensorRT runs the MoELayer nodes alone, each as an engine of its own, and the
+            other providers the rest: for graphs of which TensorRT cannot build the rest. No effect
+            on a lowered model.
 
     Attributes:
         moe_layers: what :func:`moe_infer.inspect_model` tells of the layers.
@@ -102,6 +106,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         expert_use: bool = False,
         base_dir: str | os.PathLike[str] | None = None,
         gpu_budget: ByteSize | None = None,
+        layers_only: bool = False,
         **kwargs: Any,
     ) -> None:
         model, folder = load_model(path, base_dir)
@@ -145,9 +150,11 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         self._watch: ShapeWatch | None = None
         if self.moe_provider == TENSORRT_PROVIDER:
             self._watch = ShapeWatch(dimensions_of(model), profiles)
+            options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
+            if layers_only:
+                exclude_the_rest(model, options_of_tensorrt)
             if profiles is not None:
-                self.profiles = border_profiles(model, ranges, profiles)
-                options_of_tensorrt = dict(choice.providers)[TENSORRT_PROVIDER]
+                self.profiles = border_profiles(model, ranges, profiles, layers_only)
                 options_of_tensorrt.update(self.profiles.provider_options())
                 _logger.info("TensorRT builds its engine for %s", self.profiles)
         self._kept_alive = prepared.kept_alive
@@ -213,7 +220,11 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
         self._look({name: shape_of(value) for name, value in input_feed.items()})
         if not self._taps:
-            plain: list[Any] = super().run(output_names, input_feed, run_options)
+            try:
+                plain: list[Any] = super().run(output_names, input_feed, run_options)
+            except Exception as error:
+                add_remedy(error)
+                raise
             return plain
         names = list(output_names or [output.name for output in self.get_outputs()])
         values = super().run([*names, *self._taps], input_feed, run_options)

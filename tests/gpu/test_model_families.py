@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
 from gpu_models import run  # noqa: E402
-from tensorrt_needed import ENGINE  # noqa: E402
+from tensorrt_needed import ENGINE, TRT  # noqa: E402
 
 import model_zoo  # noqa: E402
 import moe_infer  # noqa: E402
@@ -60,14 +60,23 @@ def test_family(
     assert_close(ran.logits, expected, "float32")
 
 
-def test_a_model_without_an_engine(tmp_path: Path) -> None:
-    """The provider says so when it runs; on the others the layers are lowered, and right."""
+def test_a_model_without_an_engine(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Its run says how the layers go to TensorRT alone, which is right, as it is lowered."""
     # TorchScript's export is right for its sample input only.
     path = model_zoo.export(NO_ENGINE, "dynamo")
     report = moe_infer.rewrite(path, tmp_path / "out")
     feeds, model = model_zoo.make(NO_ENGINE).arrays, tmp_path / "out/model.onnx"
-    with pytest.raises(Exception, match="failed to create engine"):
+    with pytest.raises(Exception, match=r"failed to create engine.*layers_only=True"):
         run(model, feeds, tmp_path)
+    ran = run(model, feeds, tmp_path, layers_only=True)
+    ran.check_on_tensorrt()
+    record_property("nodes", ran.parts())
+    # Copies between devices stand under this provider, too.
+    engines = {name for provider, _, name in ran.nodes if provider == TRT and "TRTKernel" in name}
+    assert len(engines) == len(report.layers)
+    assert_close(ran.logits, model_zoo.expected(NO_ENGINE), "float32")
     check_lowered(NO_ENGINE, model, len(report.layers), tmp_path)
 
 
