@@ -133,15 +133,15 @@ def resident_table(path: Path = ROOT / "benchmarks/results/resident.json") -> st
     if not path.exists():
         return "Not measured yet; `python benchmarks/resident.py` does."
     record = json.loads(path.read_text())
-    used = sorted({point["run"] for point in record["points"]})
+    shown = [g for g in report.groups(record["points"]) if g[2] == "uniform"]
+    if any(dtype == "bfloat16" for _, dtype, _, _ in shown):
+        shown = [g for g in shown if g[1] == "bfloat16"]  # the other type is in the file
+    used = sorted({point["run"] for *_, points in shown for point in points})
     runs = [record["runs"][i] for i in used]
     cards = ", ".join(sorted({run["card"] for run in runs}))
     dates = ", ".join(sorted({run["date"][:10] for run in runs}))
     commits = ", ".join(sorted({str(run["commit"] or "unknown")[:12] for run in runs}))
     parts = [f"Milliseconds for one run, measured on one {cards} on {dates}, commit {commits}."]
-    shown = [g for g in report.groups(record["points"]) if g[2] == "uniform"]
-    if any(dtype == "bfloat16" for _, dtype, _, _ in shown):
-        shown = [g for g in shown if g[1] == "bfloat16"]  # the other type is in the file
     for case, dtype, _, points in shown:
         parts.append(f"{cases.CASES[case].title}, {dtype}:")
         parts.append(report.points_table(points, RESIDENT_COLUMNS))

@@ -323,6 +323,9 @@ class Layer:
         logits_dtype: str | None = None,
     ) -> None:
         self._handle = _Pointer()
+        # Kept, since at the end of Python nothing can be looked for any more.
+        self._destroy = plugin.load().moe_infer_layer_destroy
+        self._destroy.restype, self._destroy.argtypes = None, [_Pointer]
         array = _AttributeArray(attributes)
         inputs = _native_inputs(LayerInputs(d_model, dtype, has_logits, logits_dtype))
         _call(
@@ -401,9 +404,7 @@ class Layer:
     def close(self) -> None:
         """Frees the layer's device memory; idempotent."""
         if self._handle:
-            destroy = plugin.load().moe_infer_layer_destroy
-            destroy.restype, destroy.argtypes = None, [_Pointer]
-            destroy(self._handle)
+            self._destroy(self._handle)
             self._handle = _Pointer()
 
     def _opened(self) -> ctypes.c_void_p:

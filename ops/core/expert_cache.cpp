@@ -47,6 +47,7 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
       histories_(static_cast<size_t>(expert_count)),
       tables_{expert_count, slots, slot_of_expert_.data(), expert_of_slot_.data(), histories_.data(), 0},
       plan_(static_cast<size_t>(expert_count)),
+      place_in_call_(static_cast<size_t>(expert_count)),
       use_(expert_count) {
   std::vector<int32_t> numbers(static_cast<size_t>(slots));
   std::iota(numbers.begin(), numbers.end(), 0);
@@ -123,25 +124,60 @@ void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
 ExpertCache::Call ExpertCache::plan(int32_t const* counts) {
   Call call;
   call.needed = plan_call(policy_, &tables_, counts, plan_.data());
+  int32_t hits = 0;
   for (int32_t i = 0; i < call.needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
     use_.needed(planned.expert);
-    call.hits += planned.hit;
+    hits += planned.hit;
   }
-  call.brought = call.hits;
-  hits_ += call.hits;
+  hits_ += hits;
+  order_runs(hits, call.needed);
   return call;
 }
 
+// Hits may run in any order, and misses in theirs (policy.h). First the hits whose slots misses take, for which the bus
+// waits; then the misses, with the other hits evenly between them: a miss takes much longer to come than any to run,
+// and the slot that it leaves may be the next one's.
+void ExpertCache::order_runs(int32_t hits, int32_t needed) {
+  auto const place = [this](PlannedExpert const& planned) -> int32_t& {
+    return place_in_call_[static_cast<size_t>(planned.expert)];
+  };
+  auto const first_miss = plan_.begin() + hits;
+  for (auto hit = plan_.begin(); hit != first_miss; ++hit) place(*hit) = needed;
+  for (int32_t i = needed - 1; i >= hits; --i) {  // of several misses into one slot the first one counts
+    int32_t const evicted = plan_[static_cast<size_t>(i)].evicted;
+    if (evicted >= 0) place_in_call_[static_cast<size_t>(evicted)] = i;
+  }
+  std::stable_sort(plan_.begin(), first_miss,
+                   [&](PlannedExpert const& a, PlannedExpert const& b) { return place(a) < place(b); });
+  auto const taken =
+      std::count_if(plan_.begin(), first_miss, [&](PlannedExpert const& hit) { return place(hit) < needed; });
+
+  ordered_.assign(plan_.begin(), plan_.begin() + taken);
+  int64_t const others = hits - taken;
+  int64_t const misses = needed - hits;
+  auto other = plan_.begin() + taken;
+  for (int64_t i = 0; i < misses; ++i) {
+    for (int64_t last = others * (i + 1) / misses; other - plan_.begin() - taken < last; ++other) {
+      ordered_.push_back(*other);
+    }
+    ordered_.push_back(*(first_miss + i));
+  }
+  ordered_.insert(ordered_.end(), other, first_miss);
+  std::copy(ordered_.begin(), ordered_.end(), plan_.begin());
+  for (int32_t i = 0; i < needed; ++i) place(plan_[static_cast<size_t>(i)]) = i;
+}
+
 void ExpertCache::bring_ahead(Call* call, int32_t const* counts) {
-  // Slots that were filled last are not filled again at once (policy.h), so these misses take none from each other.
-  int32_t const ahead = std::max(1, fills_in_flight(tables_.slot_count));
-  while (call->brought < call->needed && call->brought - std::max(call->run, call->hits) < ahead) {
-    auto const& planned = plan_[static_cast<size_t>(call->brought)];
-    bool const takes_needed = planned.evicted >= 0 && counts[planned.evicted] > 0;
-    if (takes_needed && call->run < call->hits) return;  // it may be a hit that has not run yet
+  for (; call->next < call->needed; ++call->next) {
+    auto const& planned = plan_[static_cast<size_t>(call->next)];
+    if (planned.hit != 0) continue;
+    // An expert that the call needs, too, has to run before it leaves its slot.
+    bool const waits = planned.evicted >= 0 && counts[planned.evicted] > 0 &&
+                       place_in_call_[static_cast<size_t>(planned.evicted)] >= call->run;
+    if (waits || call->ahead >= std::max(1, fills_in_flight(tables_.slot_count))) return;
     bring(planned);
-    ++call->brought;
+    ++call->ahead;
   }
 }
 
@@ -159,8 +195,9 @@ void ExpertCache::forget(Call const& call) noexcept {
   // What was brought ahead may still be on its way into a slot that is empty from now on.
   cudaStreamSynchronize(copy_stream_.get());
   cudaStreamSynchronize(pack_stream_.get());
-  for (int32_t i = std::max(call.run, call.hits); i < call.needed; ++i) {
+  for (int32_t i = call.run; i < call.needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
+    if (planned.hit != 0) continue;
     use_.lies_in(planned.expert, -1);
     if (planned.evicted >= 0) {
       use_.lies_in(planned.evicted, -1);

@@ -39,10 +39,10 @@ class ExpertCache {
   // Loads every expert into the slot of its number and waits. Only when slots >= expert_count.
   void load_all();
 
-  // Streaming: brings the needed experts in, in the order and the slots that plan_call decides (policy.h), while `use`
-  // runs those that are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a
-  // slot is reused only when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two
-  // threads at once. After an exception the cache can be used again; what failed is not in it.
+  // Streaming: brings the needed experts into the slots that plan_call decides (policy.h), while `use` runs those that
+  // are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a slot is reused only
+  // when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two threads at once. After
+  // an exception the cache can be used again; what failed is not in it.
   template <class Use>
   void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
     Call call = plan(counts);
@@ -60,6 +60,7 @@ class ExpertCache {
         }
         used(planned.slot, stream);
         ++call.run;
+        if (planned.hit == 0) --call.ahead;
       }
     } catch (...) {
       forget(call);
@@ -101,15 +102,16 @@ class ExpertCache {
     uint64_t bytes() const { return static_cast<uint64_t>(count) * size_of(piece->dtype); }
   };
 
-  // How far a call is. Entries of plan_: hits, then misses.
+  // How far a call is, in entries of plan_, which are in the order in which they run.
   struct Call {
     int32_t needed = 0;
-    int32_t hits = 0;
-    int32_t brought = 0;  // misses before this entry have been brought
-    int32_t run = 0;      // entries before this have run
+    int32_t run = 0;    // entries before this have run
+    int32_t next = 0;   // misses before this entry have been brought
+    int32_t ahead = 0;  // misses that have been brought and not run
   };
 
   Call plan(int32_t const* counts);
+  void order_runs(int32_t hits, int32_t needed);
   // Brings the misses that may be brought by now, at least the next expert to run.
   void bring_ahead(Call* call, int32_t const* counts);
   void bring(PlannedExpert const& planned);
@@ -143,6 +145,8 @@ class ExpertCache {
   std::vector<ExpertHistory> histories_;
   CacheTables tables_;  // points into the three above
   std::vector<PlannedExpert> plan_;
+  std::vector<PlannedExpert> ordered_;  // scratch
+  std::vector<int32_t> place_in_call_;  // of needed experts, in plan_
   std::unique_ptr<UseHistoryFile> use_history_;
   std::vector<Transfer> transfers_;
   ExpertUse use_;

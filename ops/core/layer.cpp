@@ -138,7 +138,8 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures, bool ahead
   bool const fits = most_needed <= config.max_concurrency;
   if (device_fetch_ != nullptr && fits) {
     auto copier = device_fetch_->faster_copier();
-    if (fetch_mode_ == FetchMode::kAuto && (tokens > kMostTokensForKernels || ahead)) copier = Copier::kHost;
+    bool const guesses = ahead && device_fetch_->host_can_copy();
+    if (fetch_mode_ == FetchMode::kAuto && (tokens > kMostTokensForKernels || guesses)) copier = Copier::kHost;
     if (fetch_mode_ == FetchMode::kAuto && captures) copier = Copier::kKernels;
     if (copier == Copier::kKernels) return Experts::kPlannedAndCopied;
     if (!captures && device_fetch_->host_can_copy()) return Experts::kPlanned;

@@ -9,8 +9,8 @@
 //   1. The clock of the cache goes up by one: the first call has clock 1. A call that needs nothing counts too.
 //   2. record_use for every needed expert, hit or miss, with that clock; `fetched` of those that miss becomes the
 //      clock. From here to the end of the call nothing changes any expert's retention.
-//   3. Hits: needed experts that have a slot now, in ascending order of their number. They keep their slots until all
-//      of them have run.
+//   3. Hits: needed experts that have a slot now, in ascending order of their number; they may run in any order. They
+//      keep their slots until they have run.
 //   4. Misses: the other needed experts, in ascending order. Each takes the slot that choose_slot gives.
 // choose_slot takes the slot with the smallest (group, retention, slot number) among those that are not among the last
 // fills_in_flight() fills of this call, with
@@ -156,7 +156,7 @@ MOE_HOST_DEVICE inline int32_t choose_slot(PolicySettings const& settings, Cache
 }
 
 // Plans one call and brings the tables to its end. `counts` (expert_count): rows of each expert, > 0: needed. `plan`
-// has room for all needed experts; hits first, then misses, in the order in which they must run. Returns their number.
+// has room for all needed experts; hits first, then misses, in the order in which these must run. Returns their number.
 MOE_HOST_DEVICE inline int32_t plan_call(PolicySettings const& settings, CacheTables* tables, int32_t const* counts,
                                          PlannedExpert* plan) {
   ++tables->clock;

@@ -1,4 +1,4 @@
-"""Builds tests/native/read_weights.cpp with sanitizers, and talks to it."""
+"""Builds programs of tests/native with sanitizers, and talks to read_weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OURS = [
     "ops/sublayers/registry.cpp",
     "ops/sublayers/slot_layout.cpp",
     "tests/native/sub_layers.cpp",
-    "tests/native/read_weights.cpp",
 ]  # fmt: skip
+"""What reads weights; ours, so all warnings count."""
 ZLIB = [
     f".deps/zlib/{name}.c"
     for name in ("adler32", "crc32", "inffast", "inflate", "inftrees", "zutil")
@@ -43,12 +43,18 @@ def why_not() -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compiles the program into ``folder``, objects that are newer than their source once only."""
+    """The program that answers questions about weight files."""
+    libraries = [f"{CUDA}/lib/libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
+    return build_program(folder, [*OURS, "tests/native/read_weights.cpp"], libraries)
+
+
+def build_program(folder: Path, ours: list[str], libraries: list[str]) -> Path:
+    """Compiles a program into ``folder``, objects that are newer than their source once only."""
     folder.mkdir(parents=True, exist_ok=True)
-    headers = [*ROOT.glob("ops/**/*.h")]
+    headers = [*ROOT.glob("ops/**/*.h"), *ROOT.glob("tests/native/*.h")]
     objects = []
-    for source in [*ZLIB, SIMDJSON, *OURS]:
-        mine = source in OURS
+    for source in [*ZLIB, SIMDJSON, *ours]:
+        mine = source in ours
         made = folder / (source.replace("/", "_") + ".o")
         objects.append(str(made))
         inputs = [ROOT / source, *(headers if mine else [])]
@@ -58,8 +64,7 @@ def build(folder: Path) -> Path:
         # Not ours, and slow to build with sanitizers: only memory that we hand over is of interest.
         flags = [*SANITIZERS, "-Wall", "-Wextra", "-Werror"] if mine else ["-w", "-DHAVE_UNISTD_H"]
         _run([*language, "-g", "-O1", *flags, *INCLUDES, "-c", source, "-o", str(made)])
-    program = folder / "read_weights"
-    libraries = [f"{CUDA}/lib/libcudart_static.a", "-lpthread", "-ldl", "-lrt"]
+    program = folder / folder.name
     _run(["g++", *SANITIZERS, *objects, *libraries, "-o", str(program)])
     return program
 
