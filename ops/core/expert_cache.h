@@ -40,9 +40,9 @@ class ExpertCache {
   void load_all();
 
   // Streaming: brings the needed experts into the slots that plan_call decides (policy.h), while `use` runs those that
-  // are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a slot is reused only
-  // when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two threads at once. After
-  // an exception the cache can be used again; what failed is not in it.
+  // are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a slot is reused
+  // only when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two threads at once.
+  // After an exception the cache can be used again; what failed is not in it.
   template <class Use>
   void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
     Call call = plan(counts);
