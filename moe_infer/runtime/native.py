@@ -162,7 +162,7 @@ class LayerStats:
         bytes_fetched: bytes of weights that went from host to device.
         prefetches_used: experts that were fetched ahead and then needed.
         prefetches_wasted: experts that were fetched ahead, in part at least, and not needed.
-        prefetch_bytes_used: of those that were needed, what had come by then.
+        prefetch_bytes_used: of those that were needed, what had come or was on its way by then.
         prefetch_bytes_wasted: of the others.
         stall_ns: nanoseconds for which runs waited for experts; -1 where it is not measured.
     """

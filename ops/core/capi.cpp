@@ -104,7 +104,7 @@ int moe_infer_layer_run_ahead(moe_infer_layer* layer, const void* hidden_states,
   return guarded_cuda([&] {
     check_not_null("moe_infer_layer_run", "layer", layer);
     moe_infer::NextLogits given;
-    if (next != nullptr) {
+    if (next != nullptr && next->logits != nullptr) {
       given = {next->logits, next->expert_count, moe_infer::parse_dtype("next_router_logits", next->dtype)};
     }
     layer->layer.run(hidden_states, router_logits, given, output, tokens, workspace, workspace_bytes,

@@ -49,6 +49,7 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
       plan_(static_cast<size_t>(expert_count)),
       place_in_call_(static_cast<size_t>(expert_count)),
       use_(expert_count) {
+  ordered_.reserve(static_cast<size_t>(expert_count));  // a call allocates nothing once it is planned
   std::vector<int32_t> numbers(static_cast<size_t>(slots));
   std::iota(numbers.begin(), numbers.end(), 0);
   MOE_CUDA_CHECK(

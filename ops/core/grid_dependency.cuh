@@ -2,11 +2,11 @@
 // waits before it touches what that one reads or writes. Without the launch attribute (core/launch.h), and before
 // Hopper, both functions do nothing.
 //
-// The rule here: every kernel that is launched so calls wait_for_previous_kernel before start_next_kernel. Then what
-// the kernel before the previous one wrote may be read without waiting. That one may be the last of another library,
-// which need not know of any of this: waiting is for the end of the kernel before, however it was made to start. The
-// one exception is the grouped product after a fetch (fetch/copy_experts.cu): it waits for experts one by one instead
-// of for the kernel that copies them, which has itself waited for everything before.
+// The rule here: every kernel that is launched so calls wait_for_previous_kernel before start_next_kernel. Then, if the
+// previous kernel is of this library, what the one before that wrote may be read without waiting. The previous one may
+// be of another library, too, which keeps no such rule: then everything is read after waiting. The one exception is the
+// grouped product after a fetch (fetch/copy_experts.cu): it waits for experts one by one instead of for the kernel that
+// copies them, which has itself waited for everything before.
 #pragma once
 
 namespace moe_infer {

@@ -204,12 +204,12 @@ void MoELayer::run_streaming(void const* hidden_states, void const* router_logit
   std::optional<RelaxedCapture> relaxed;
   if (!captures) relaxed.emplace();
   bool const ahead = next.logits != nullptr && runs_single_token(tokens);
+  auto const experts = who_brings(tokens, captures, ahead);
   if (device_fetch_ != nullptr) {
-    device_fetch_->begin_run(ahead);
+    device_fetch_->begin_run(experts == Experts::kPlanned, ahead);
   } else {
     note_run(nullptr, nullptr);
   }
-  auto const experts = who_brings(tokens, captures, ahead);
   // On several streams: a fetch by the device must not overwrite what a run on another stream still reads. ExpertCache
   // knows that for each slot; the device does not. A graph cannot wait for what is outside of it.
   bool const in_turn = device_fetch_ != nullptr && !captures;

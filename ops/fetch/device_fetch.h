@@ -27,7 +27,7 @@ namespace moe_infer {
 
 // Environment variable MOE_INFER_FETCH.
 enum class FetchMode {
-  kAuto,    // kernels copy in CUDA graphs and where that is as fast, otherwise the host
+  kAuto,    // kernels copy in CUDA graphs and, without guesses, where that is as fast; otherwise the host
   kHost,    // never kernels
   kDevice,  // kernels, for every call that they can serve; a layer that they cannot serve is refused
 };
@@ -64,8 +64,9 @@ class DeviceFetch {
   // experts, as copy() says. Where the host copies and `next` is given, guesses for the layer that runs next, too.
   void select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
                        Routing const& routing, NextLogits const& next, cudaStream_t stream) const;
-  // At the begin of each run: so the layers before and after this one are known (run_order.h).
-  void begin_run(bool guesses) const { note_run(target_, guesses ? next_ : nullptr); }
+  // At the begin of each run: so the layers before and after this one are known (run_order.h). `by_host`: it copies
+  // what a kernel plans, so an expert that was fetched ahead is used. `guesses`: next_router_logits are given.
+  void begin_run(bool by_host, bool guesses) const { note_run(by_host ? target_ : nullptr, guesses ? next_ : nullptr); }
   // At its end: the bus may work for the next layer.
   void fetch_ahead() const { host_copy_->fetch_ahead(); }
   ExpertCopy copy(Copier copier) const;

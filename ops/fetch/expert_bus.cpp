@@ -42,6 +42,7 @@ int64_t ExpertBus::enter(CopySource const* source) {
 }
 
 void ExpertBus::leave(int64_t layer) noexcept {
+  RelaxedCapture const relaxed;  // another thread may capture a graph
   std::lock_guard<std::mutex> const lock(mutex_);
   if (guessed_layer_ == layer) guessed_layer_ = 0;
   layers_.erase(layer);
@@ -87,11 +88,11 @@ void ExpertBus::guess(int64_t layer, int32_t expert) {
   auto const found = layers_.find(layer);
   if (expert < 0 || found == layers_.end()) return;
   auto const& own = found->second;
-  guessed_layer_ = layer;
-  guessed_expert_ = expert;
-  fetches_ = own.right >= kLeastRight && make_place(own.source->slot_bytes);
   part_ = 0;
   offset_ = 0;
+  fetches_ = own.right >= kLeastRight && make_place(own.source->slot_bytes);
+  guessed_expert_ = expert;
+  guessed_layer_ = layer;  // last: there is a guess when all of it stands
 }
 
 void ExpertBus::feed() {
@@ -112,7 +113,8 @@ void ExpertBus::send_piece(CopySource const& source) {
   MOE_CUDA_CHECK(cudaMemcpyAsync(place_.bytes() + part.offset_in_slot + offset_,
                                  source.address(guessed_expert_, part_) + offset_, bytes, cudaMemcpyHostToDevice,
                                  copies_.get()));
-  flags_.write(copies_.get(), arrived_pieces_.as<uint32_t>(), ++sent_pieces_);
+  flags_.write(copies_.get(), arrived_pieces_.as<uint32_t>(), sent_pieces_ + 1);
+  ++sent_pieces_;
   offset_ += bytes;
   if (offset_ == part.bytes) {
     ++part_;
@@ -206,6 +208,7 @@ bool ExpertBus::make_place(uint64_t bytes) {
   return true;
 }
 
+// Without the mutex: if another thread records the event anew meanwhile, more is waited for.
 void ExpertBus::order_before(cudaStream_t stream) const {
   arrived_.record(copies_.get());
   arrived_.order_before(stream);

@@ -31,9 +31,9 @@ namespace moe_infer {
 
 // Of one layer's experts.
 struct AheadCounters {
-  int64_t used = 0;  // guessed experts of which something had come when they were needed
+  int64_t used = 0;  // guessed experts of which something had been sent when they were needed
   int64_t wasted = 0;
-  int64_t bytes_used = 0;  // that had come
+  int64_t bytes_used = 0;  // that had come, or were on their way
   int64_t bytes_wasted = 0;
 };
 

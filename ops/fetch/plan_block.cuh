@@ -24,8 +24,8 @@ __device__ inline uint64_t plan_key(uint64_t group, uint64_t worth) { return gro
 // One call:  BlockPlan<kThreads> plan(...);  wait_for_previous_kernel();  plan.begin();  then the block fills
 // shared->is_needed in;  __syncthreads();  plan.decide().
 //
-// The tables are asked for before the kernel before has ended: only kernels that plan write them, and one of the same
-// layer is at least the one before that.
+// The tables are asked for before the kernel before has ended: only kernels that plan write them, and between two plans
+// of a layer there is always a kernel of this library that waits before it lets the next one start.
 template <int kThreads>
 class BlockPlan {
  public:
@@ -53,7 +53,7 @@ class BlockPlan {
     }
   }
 
-  // When the kernels of the call before are over.
+  // When the kernel before is over.
   __device__ void begin() {
     if (thread_ == 0) last_wait_ = *tables_.arrivals.last_wait;
   }

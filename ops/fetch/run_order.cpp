@@ -15,7 +15,7 @@ void NextLayer::set(std::shared_ptr<GuessTarget const> const& target) {
 void note_run(std::shared_ptr<GuessTarget const> const& own, std::shared_ptr<NextLayer> const& next) {
   static thread_local std::weak_ptr<NextLayer> before;
   auto const waiting = before.lock();
-  if (waiting != nullptr && own != nullptr) waiting->set(own);
+  if (waiting != nullptr) waiting->set(own);
   before = next;
 }
 

@@ -60,7 +60,7 @@ typedef struct {
   int64_t bytes_fetched;       /* host to device, weights only */
   int64_t prefetches_used;     /* experts that were fetched ahead and then needed */
   int64_t prefetches_wasted;   /* experts that were fetched ahead, in part at least, and not needed */
-  int64_t prefetch_bytes_used; /* that had come when their expert was needed */
+  int64_t prefetch_bytes_used; /* that had come, or were on their way, when their expert was needed */
   int64_t prefetch_bytes_wasted;
   int64_t stall_ns; /* time that runs waited for experts on their way; -1 where it is not measured */
 } moe_infer_stats;
