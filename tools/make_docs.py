@@ -162,8 +162,7 @@ def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> 
         return "Not measured yet; `python benchmarks/streaming.py` does."
     record = json.loads(path.read_text())
     runs = [record["runs"][i] for i in sorted({point["run"] for point in record["points"]})]
-    told = [f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}" for run in runs]
-    parts = [f"Milliseconds for one run or step; {'; '.join(told)}."]
+    parts = [f"Milliseconds for one run or step; {'; '.join(map(measured_on, runs))}."]
     for part, title in streaming_report.TITLES.items():
         if part == "F":
             continue  # ahead_measured
@@ -173,14 +172,18 @@ def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> 
     return "\n\n".join(parts)
 
 
+def measured_on(run: dict[str, Any]) -> str:
+    """Card, day and commit of a run."""
+    return f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}"
+
+
 def ahead_measured(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
     """What fetching ahead gave."""
     record = json.loads(path.read_text()) if path.exists() else {"points": []}
     points = [p for p in record["points"] if p["part"] == "F" and "ms" in p]
     if not points:
         return "Not measured yet; `python benchmarks/streaming.py --parts F` does."
-    run = record["runs"][points[0]["run"]]
-    told = f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}"
+    told = measured_on(record["runs"][points[0]["run"]])
     return f"{streaming_report.TITLES['F']}; {told}:\n\n{streaming_report.table(points)}"
 
 

@@ -20,7 +20,7 @@ from onnx import NodeProto
 from moe_infer.graph.edits import remove_what_made
 from moe_infer.graph.layer_checks import check_next_logits, may_equal
 from moe_infer.graph.lower_builder import Names
-from moe_infer.graph.lower_nodes import is_layer, layer_name
+from moe_infer.graph.lower_nodes import is_layer, layer_config, layer_name
 from moe_infer.graph.match import GraphView, describe, values_read
 from moe_infer.graph.shapes import Dim, ValueTypes, element_type_name
 from moe_infer.op import LayerConfig
@@ -107,7 +107,7 @@ def add_guesses(model: onnx.ModelProto, types: ValueTypes) -> GuessReport:
     """
     view = GraphView(model, types, Path())  # external data is not read
     layers = [(i, node) for i, node in enumerate(view.nodes) if is_layer(node)]
-    configs = [_config(node) for _, node in layers]
+    configs = [layer_config(node) for _, node in layers]
     if layers and not any(map(_streams, configs)):
         return GuessReport(resident=True)
     names = Names(model)
@@ -149,12 +149,6 @@ def remove_guesses(model: onnx.ModelProto) -> int:
             del node.input[2:]
     remove_what_made(model, guesses)
     return len(guesses)
-
-
-def _config(layer: NodeProto) -> LayerConfig:
-    return LayerConfig.from_attributes(
-        {a.name: onnx.helper.get_attribute_value(a) for a in layer.attribute}
-    )
 
 
 def _streams(config: LayerConfig) -> bool:

@@ -111,7 +111,7 @@ def read_layers(model: onnx.ModelProto, base_dir: Path | None) -> list[LayerNode
         ValueError, WeightFileError, FileNotFoundError: a layer is not right; the message begins
             with the node's name.
     """
-    if not any(is_layer(node) for node in _all_nodes(model.graph)):
+    if not any(is_layer(node) for node in all_nodes(model.graph)):
         return []
     types = infer_types(model)
     layers = []
@@ -127,7 +127,7 @@ def read_layers(model: onnx.ModelProto, base_dir: Path | None) -> list[LayerNode
                 *attribute.graphs,
                 *([attribute.g] if attribute.HasField("g") else []),
             ):
-                if any(is_layer(inner) for inner in _all_nodes(subgraph)):
+                if any(is_layer(inner) for inner in all_nodes(subgraph)):
                     raise ValueError(
                         f"node '{node.name}' ({node.op_type}) holds a MoELayer in a subgraph;"
                         " MoELayer must be in the main graph"
@@ -156,9 +156,7 @@ def _parse(data: bytes, what: str) -> onnx.ModelProto:
 def _read(
     index: int, name: str, node: onnx.NodeProto, types: ValueTypes, base_dir: Path | None
 ) -> LayerNode:
-    config = LayerConfig.from_attributes(
-        {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    )
+    config = layer_config(node)
     if not 1 <= len(node.input) <= 3 or not node.input[0] or len(node.output) != 1:
         raise ValueError(
             "MoELayer: expected the inputs hidden_states and, optional, router_logits and"
@@ -238,16 +236,28 @@ def is_layer(node: onnx.NodeProto) -> bool:
     return bool(node.op_type == OP_TYPE and node.domain == DOMAIN)
 
 
+def layer_config(node: onnx.NodeProto) -> LayerConfig:
+    """A MoELayer's attributes.
+
+    Raises:
+        ValueError: they are not right.
+    """
+    return LayerConfig.from_attributes(
+        {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    )
+
+
 def layer_name(node: onnx.NodeProto) -> str:
     """A MoELayer's name, or its output's where it has none."""
     return str(node.name or (node.output[0] if node.output else OP_TYPE))
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph, those of branches and loops too."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
+                yield from all_nodes(attribute.g)
             for subgraph in attribute.graphs:
-                yield from _all_nodes(subgraph)
+                yield from all_nodes(subgraph)

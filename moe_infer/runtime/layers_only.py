@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
-from onnx import NodeProto
 
-from moe_infer.graph.lower_nodes import is_layer
+from moe_infer.graph.lower_nodes import all_nodes, is_layer
 
 OPTION = "trt_op_types_to_exclude"
 """Of ONNX Runtime's TensorRT provider: names of operators, by commas, whatever their domain."""
@@ -25,7 +23,7 @@ def exclude_the_rest(model: onnx.ModelProto, options: dict[Any, Any]) -> None:
         options: of the provider; what is excluded in them already stays so.
     """
     given = [name for name in str(options.get(OPTION, "")).split(",") if name]
-    rest = {n.op_type for n in _all_nodes(model.graph.node) if not is_layer(n)}
+    rest = {n.op_type for n in all_nodes(model.graph) if not is_layer(n)}
     options[OPTION] = ",".join([*given, *sorted(rest.difference(given))])
 
 
@@ -38,12 +36,3 @@ def add_remedy(error: Exception) -> None:
             " rest",
             *error.args[1:],
         )
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Also those of branches and loops."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(graph.node)

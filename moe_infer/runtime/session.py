@@ -220,14 +220,9 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         """As ONNX Runtime's; with ``expert_use=True`` it also counts the experts' tokens."""
         self._look({name: shape_of(value) for name, value in input_feed.items()})
         if not self._taps:
-            try:
-                plain: list[Any] = super().run(output_names, input_feed, run_options)
-            except Exception as error:
-                add_remedy(error)
-                raise
-            return plain
+            return self._run(output_names, input_feed, run_options)
         names = list(output_names or [output.name for output in self.get_outputs()])
-        values = super().run([*names, *self._taps], input_feed, run_options)
+        values = self._run([*names, *self._taps], input_feed, run_options)
         tapped = values[len(names) :]
         found = [count(*pair) for pair in zip(self._layers, tapped, strict=True)]
         for total, use in zip(self._use_totals, found, strict=True):
@@ -253,7 +248,7 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         if not self._taps:
             return []
         self._look({name: shape_of(value) for name, value in input_feed.items()})
-        values = super().run(self._taps, input_feed)
+        values = self._run(self._taps, input_feed)
         return [choices(*pair) for pair in zip(self._layers, values, strict=True)]
 
     def run_with_ort_values(
@@ -265,6 +260,20 @@ class InferenceSession(ort.InferenceSession):  # type: ignore[misc]
         """As ONNX Runtime's; looks at the shapes as :meth:`run` does."""
         self._look({n: tuple(v.shape()) for n, v in input_dict_ort_values.items()})
         return super().run_with_ort_values(output_names, input_dict_ort_values, run_options)
+
+    def _run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: ort.RunOptions | None = None,
+    ) -> list[Any]:
+        """ONNX Runtime's own run, whose error says the remedy if there is one."""
+        try:
+            values: list[Any] = super().run(output_names, input_feed, run_options)
+        except Exception as error:
+            add_remedy(error)
+            raise
+        return values
 
     def _look(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if self._watch is not None and (warning := self._watch.look(shapes)):
