@@ -36,9 +36,9 @@ int guarded(Function&& function) noexcept {
   }
 }
 
-// The inputs as the C entry gives them, with their types checked. Throws Error(MOE_INFER_INVALID).
-// `input` goes into the error's text.
+// A type as the C entry gives it; `input` goes into the error's text. Throws Error(MOE_INFER_INVALID).
 DataType parse_dtype(char const* input, int32_t number);
+// The inputs as the C entry gives them, with their types checked. Throws Error(MOE_INFER_INVALID).
 LayerInputs parse_inputs(moe_infer_inputs const& inputs);
 
 }  // namespace moe_infer

@@ -281,7 +281,7 @@ void MoELayer::select(void const* hidden_states, void const* router_logits, Next
   void const* const scores = inputs.has_logits ? router_logits : routing.scores;
   DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
   if (copier) {
-    device_fetch_->select_and_plan(*copier, router_params_, scores, scores_dtype, routing, next, stream);
+    device_fetch_->select_and_plan(*copier, scores, scores_dtype, routing, next, stream);
   } else {
     select_experts(router_params_, scores, scores_dtype, tokens, routing, is_hopper(), stream);
   }

@@ -188,11 +188,11 @@ void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cu
   copy_experts(copy(copier), overlap, stream);
 }
 
-void DeviceFetch::select_and_plan(Copier copier, RouterParams const& params, void const* scores, DataType scores_dtype,
-                                  Routing const& routing, NextLogits const& next, cudaStream_t stream) const {
+void DeviceFetch::select_and_plan(Copier copier, void const* scores, DataType scores_dtype, Routing const& routing,
+                                  NextLogits const& next, cudaStream_t stream) const {
   auto const target = copier == Copier::kHost ? next_->get() : nullptr;
   auto const guess = guess_by(next, target.get());
-  select_and_plan_fetch(params, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess,
+  select_and_plan_fetch(target_->router, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess,
                         is_hopper(), stream);
   if (copier == Copier::kHost) host_copy_->copy(guess.scores == nullptr ? 0 : target->id, stream);
 }

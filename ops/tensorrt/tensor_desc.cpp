@@ -15,6 +15,11 @@ std::string dims_text(nvinfer1::Dims const& dims) {
   return text + ")";
 }
 
+// Whether logits have a row for each token.
+bool has_row_for_each(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& logits) {
+  return logits.nbDims >= 1 && count_tokens(logits) == count_tokens(hidden_states);
+}
+
 }  // namespace
 
 bool is_layer_type(nvinfer1::DataType type) {
@@ -95,17 +100,14 @@ int64_t count_tokens(nvinfer1::Dims const& dims) {
 }
 
 void check_next_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& next_logits) {
-  int32_t const rank = next_logits.nbDims;
-  if (rank < 1 || count_tokens(next_logits) != count_tokens(hidden_states)) {
+  if (!has_row_for_each(hidden_states, next_logits)) {
     throw invalid("MoELayer: next_router_logits must have a row for each token of hidden_states " +
                   dims_text(hidden_states) + ", got shape " + dims_text(next_logits));
   }
 }
 
 void check_logits(nvinfer1::Dims const& hidden_states, nvinfer1::Dims const& router_logits, int32_t expert_count) {
-  int32_t const rank = router_logits.nbDims;
-  if (rank < 1 || router_logits.d[rank - 1] != expert_count ||
-      count_tokens(router_logits) != count_tokens(hidden_states)) {
+  if (!has_row_for_each(hidden_states, router_logits) || router_logits.d[router_logits.nbDims - 1] != expert_count) {
     throw invalid("MoELayer: router_logits must have a row of expert_count = " + std::to_string(expert_count) +
                   " for each token of hidden_states " + dims_text(hidden_states) + ", got shape " +
                   dims_text(router_logits));

@@ -54,24 +54,32 @@ class Model:
         with torch.cuda.stream(self.stream):
             logits = logits_of(chosen)
             guesses = None if guessed is None else logits_of(guessed)
-            outputs = torch.full((LAYERS, self._x.shape[1]), float("nan"), device="cuda")
-            outputs = outputs.to(torch.bfloat16)
+            outputs = self.outputs()
             for i, layer in enumerate(self.layers):
                 following = None
                 if guesses is not None and i + 1 < LAYERS:
                     following = NextLogits(guesses[i + 1].data_ptr(), EXPERTS, "float32")
-                layer.run(
-                    self._x.data_ptr(),
-                    logits[i].data_ptr(),
-                    outputs[i].data_ptr(),
-                    1,
-                    self._workspace.data_ptr(),
-                    len(self._workspace),
-                    self.stream.cuda_stream,
-                    following,
-                )
+                self.launch(layer, logits[i], outputs[i], following)
             self.stream.synchronize()
         return outputs
+
+    def launch(self, layer: Layer, logits: Any, output: Any, following: NextLogits | None) -> None:
+        """One layer, on the current stream."""
+        layer.run(
+            self._x.data_ptr(),
+            logits.data_ptr(),
+            output.data_ptr(),
+            1,
+            self._workspace.data_ptr(),
+            len(self._workspace),
+            torch.cuda.current_stream().cuda_stream,
+            following,
+        )
+
+    def outputs(self) -> Any:
+        """(LAYERS, d_model), of NaN."""
+        shape = (LAYERS, self._x.shape[1])
+        return torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
 
     def count(self, name: str) -> int:
         return sum(getattr(layer.stats(), name) for layer in self.layers)
@@ -220,18 +228,8 @@ def test_a_layer_that_goes_while_it_is_guessed_for(made: dict[str, Any]) -> None
 def run_alone(model: Model, layer: Layer, chosen: Any) -> None:
     """Only the first layer, with a guess for the second."""
     logits = logits_of(chosen)
-    output = torch.empty((LARGE[0],), dtype=torch.bfloat16, device="cuda")
-    x, workspace = model._x, model._workspace
-    layer.run(
-        x.data_ptr(),
-        logits[0].data_ptr(),
-        output.data_ptr(),
-        1,
-        workspace.data_ptr(),
-        len(workspace),
-        torch.cuda.current_stream().cuda_stream,
-        NextLogits(logits[1].data_ptr(), EXPERTS, "float32"),
-    )
+    following = NextLogits(logits[1].data_ptr(), EXPERTS, "float32")
+    model.launch(layer, logits[0], model.outputs()[0], following)
     torch.cuda.synchronize()
 
 
@@ -249,18 +247,9 @@ def test_a_wrong_number_of_experts_is_no_guess(made: dict[str, Any]) -> None:
 def run_with(model: Model, chosen: Any, following: NextLogits) -> Any:
     """Every layer is given the same."""
     logits = logits_of(chosen)
-    outputs = torch.empty((LAYERS, model._x.shape[1]), dtype=torch.bfloat16, device="cuda")
+    outputs = model.outputs()
     for i, layer in enumerate(model.layers):
-        layer.run(
-            model._x.data_ptr(),
-            logits[i].data_ptr(),
-            outputs[i].data_ptr(),
-            1,
-            model._workspace.data_ptr(),
-            len(model._workspace),
-            torch.cuda.current_stream().cuda_stream,
-            following,
-        )
+        model.launch(layer, logits[i], outputs[i], following)
     torch.cuda.synchronize()
     return outputs
 

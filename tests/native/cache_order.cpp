@@ -18,6 +18,7 @@
 #include "core/expert_store.h"
 #include "core/pack.h"
 #include "fake_cuda.h"
+#include "place_rows.h"
 
 namespace moe_infer {
 
@@ -43,12 +44,7 @@ using Bytes = std::vector<uint8_t>;
 Bytes slot_with(ExpertStore const& store, SlotLayout const& layout, int32_t expert) {
   Bytes slot(layout.bytes, 0);
   for (auto const& piece : store.pieces(expert)) {
-    auto const row = static_cast<size_t>(piece.columns) * size_of(piece.dtype);
-    for (int64_t i = 0; i < piece.rows; ++i) {
-      auto const to = layout.offsets[static_cast<size_t>(piece.tensor)] +
-                      static_cast<size_t>(piece.first_row + i * piece.row_stride) * row;
-      store.read(piece, static_cast<uint64_t>(i) * row, slot.data() + to, row);
-    }
+    place_rows(store, piece, slot.data() + layout.offsets[static_cast<size_t>(piece.tensor)]);
   }
   return slot;
 }

@@ -20,6 +20,7 @@
 #include "core/expert_store.h"
 #include "core/host_memory.h"
 #include "core/weight_file.h"
+#include "place_rows.h"
 
 namespace moe_infer {
 namespace {
@@ -74,7 +75,6 @@ std::string read_all(std::istream& words, bool data_too) {
   return "{\"digest\":" + json_text(file->digest()) + ",\"tensors\":{" + out + "}}";
 }
 
-// What the copy into a slot does, on the host.
 Bytes packed(ExpertStore const& store, int32_t expert, int32_t tensor, ExpertTensor const& shape, DataType* dtype) {
   Bytes out;
   for (auto const& piece : store.pieces(expert)) {
@@ -84,10 +84,7 @@ Bytes packed(ExpertStore const& store, int32_t expert, int32_t tensor, ExpertTen
     *dtype = piece.dtype;
     auto const row = static_cast<size_t>(piece.columns) * size_of(piece.dtype);
     out.resize(static_cast<size_t>(shape.rows) * row);
-    for (int64_t i = 0; i < piece.rows; ++i) {
-      auto const to = static_cast<size_t>(piece.first_row + i * piece.row_stride);
-      store.read(piece, static_cast<uint64_t>(i) * row, out.data() + to * row, row);
-    }
+    place_rows(store, piece, out.data());
   }
   return out;
 }
