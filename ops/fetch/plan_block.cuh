@@ -10,9 +10,11 @@ namespace moe_infer {
 
 struct PlanShared {
   uint64_t keys[kMaxExperts];           // of the slots
+  uint64_t worth[kMaxExperts];          // of keeping an expert that the call does not need
   int32_t slot_of_expert[kMaxExperts];  // of needed experts; pending while on its way
   int16_t missing[kMaxExperts];         // experts, in ascending order
   uint8_t is_needed[kMaxExperts];
+  int32_t needed_count;
   int32_t evicted_count;
   int32_t guess;  // CopyOrders::guess
 };
@@ -29,11 +31,10 @@ __device__ inline uint64_t plan_key(uint64_t group, uint64_t worth) { return gro
 template <int kThreads>
 class BlockPlan {
  public:
-  // Asks for what each thread will need of the tables while the block still finds out what is needed.
+  // Does all that does not depend on what is needed, while the kernel before still runs.
   __device__ BlockPlan(PolicySettings const& settings, int32_t experts, int32_t slots, FetchTables const& tables,
                        PlanShared* shared)
-      : settings_(settings),
-        tables_(tables),
+      : tables_(tables),
         shared_(shared),
         experts_(experts),
         slots_(slots),
@@ -43,9 +44,18 @@ class BlockPlan {
     for (int i = 0; i < kOwn; ++i) {
       int32_t const e = i * kThreads + thread_;
       own_slots_[i] = e < experts ? tables.slot_of_expert[e] : 0;
-      if (e < experts) own_histories_[i] = tables.histories[e];
+      own_experts_[i] = e < slots ? tables.expert_of_slot[e] : -1;
+      if (e < experts) used_[i] = tables.histories[e];
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      int32_t const e = i * kThreads + thread_;
+      if (e >= experts) break;
+      shared->worth[e] = retention(settings, used_[i], clock_);
+      record_use(settings, &used_[i], clock_);
     }
     if (thread_ == 0) {
+      shared->needed_count = 0;
       shared->evicted_count = 0;
       shared->guess = -1;
       counters_ = *tables.counters;
@@ -60,7 +70,6 @@ class BlockPlan {
 
   // All threads of the block. Afterwards shared->slot_of_expert is right for needed experts.
   __device__ void decide() {
-    int32_t needed = 0;
     int32_t misses = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -69,66 +78,71 @@ class BlockPlan {
       bool const is_needed = e < experts_ && shared_->is_needed[e] != 0;
       bool const is_missing = is_needed && own_slots_[i] < 0;
       if (is_needed) {
-        ExpertHistory history = own_histories_[i];
-        record_use(settings_, &history, clock_);
+        ExpertHistory history = used_[i];
         if (is_missing) history.fetched = static_cast<uint32_t>(clock_);
         tables_.histories[e] = history;
         atomicAdd(reinterpret_cast<unsigned long long*>(&tables_.uses[e]), 1ULL);  // waits for nothing
         shared_->slot_of_expert[e] = own_slots_[i];
       }
-      needed += __syncthreads_count(is_needed);
+      unsigned const needed = __ballot_sync(kAllLanes, is_needed);
+      if (needed != 0 && thread_ % kLanes == 0) atomicAdd(&shared_->needed_count, __popc(needed));
       misses += __syncthreads_count(is_missing);
     }
     if (misses > 0) place(misses);
     if (thread_ == 0) {
       order(misses);
-      finish(needed, misses);
+      finish(shared_->needed_count, misses);
     }
   }
 
  private:
   static constexpr int kLanes = 32;
-  static constexpr int kOwn = (kMaxExperts + kThreads - 1) / kThreads;  // experts of a thread
+  static constexpr unsigned kAllLanes = 0xffffffffU;
+  static constexpr int kOwn = (kMaxExperts + kThreads - 1) / kThreads;  // experts of a thread, and slots
 
   // Chooses slots for what is missing, and says what has to be copied.
   __device__ void place(int32_t misses) {
     list_missing();
-    for (int32_t s = thread_; s < slots_; s += kThreads) {
-      int32_t const expert = tables_.expert_of_slot[s];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      int32_t const s = i * kThreads + thread_;
+      if (s >= slots_) break;
+      int32_t const expert = own_experts_[i];
+      // No slot of an expert that the call needs is taken, whatever it is worth.
       bool const is_kept = expert >= 0 && shared_->is_needed[expert] != 0;
-      shared_->keys[s] =
-          expert < 0 ? 0 : plan_key(is_kept ? 2 : 1, retention(settings_, tables_.histories[expert], clock_));
+      shared_->keys[s] = expert < 0 ? 0 : plan_key(is_kept ? 2 : 1, shared_->worth[expert]);
     }
     __syncthreads();
-    for (int32_t s = thread_; s < slots_; s += kThreads) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      int32_t const s = i * kThreads + thread_;
+      if (s >= slots_) break;
       uint64_t const key = shared_->keys[s];
       int32_t rank = 0;
       for (int32_t other = 0; other < slots_; ++other) {
         uint64_t const its = shared_->keys[other];
         rank += its < key || (its == key && other < s) ? 1 : 0;
       }
-      if (rank < misses) fill(s, rank);
+      if (rank < misses) fill(s, own_experts_[i], rank);
     }
     __syncthreads();
   }
 
   __device__ void list_missing() {
-    constexpr unsigned kAll = 0xffffffffU;
     if (thread_ >= kLanes) return;
     int32_t before = 0;
     for (int32_t first = 0; first < experts_; first += kLanes) {
       int32_t const e = first + thread_;
       bool const is_missing = e < experts_ && shared_->is_needed[e] != 0 && shared_->slot_of_expert[e] < 0;
-      unsigned const all = __ballot_sync(kAll, is_missing);
+      unsigned const all = __ballot_sync(kAllLanes, is_missing);
       if (is_missing) shared_->missing[before + __popc(all & ((1U << thread_) - 1U))] = static_cast<int16_t>(e);
       before += __popc(all);
     }
   }
 
-  // Slot s is for the rank-th of the missing experts.
-  __device__ void fill(int32_t s, int32_t rank) {
+  // Slot s, of `evicted` (-1: empty), is for the rank-th of the missing experts.
+  __device__ void fill(int32_t s, int32_t evicted, int32_t rank) {
     int32_t const expert = shared_->missing[rank];
-    int32_t const evicted = tables_.expert_of_slot[s];
     if (evicted >= 0) {
       tables_.slot_of_expert[evicted] = -1;
       atomicAdd(&shared_->evicted_count, 1);
@@ -168,13 +182,13 @@ class BlockPlan {
     if (misses > 0) *tables_.planned = nanoseconds();
   }
 
-  PolicySettings const& settings_;
   FetchTables const& tables_;
   PlanShared* shared_;
   int32_t experts_, slots_, thread_;
   uint64_t clock_;
-  ExpertHistory own_histories_[kOwn];
-  int32_t own_slots_[kOwn];
+  ExpertHistory used_[kOwn];   // own experts' histories if the call needs them
+  int32_t own_slots_[kOwn];    // of own experts
+  int32_t own_experts_[kOwn];  // in own slots
   // Of thread 0.
   FetchCounters counters_;
   uint64_t last_wait_ = 0, planned_ = 0;

@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   plan.decide();
-  __syncthreads();
   if (thread < params.top_k) tables.slot_of_choice[thread] = shared.slot_of_expert[chosen[thread]];
 }
 

@@ -23,6 +23,7 @@ constexpr int64_t kStretch = 1024;  // choices of a block, while there are few b
 constexpr int64_t kMostBlocks = 128;
 constexpr int kItems = kMaxExperts / kThreads;  // experts of a thread in the scan
 constexpr unsigned kAll = 0xffffffffU;
+constexpr int kKept = kStretch / kThreads;  // choices of a lane that stay in registers
 
 struct Choices {
   int32_t const* expert_of_choice;
@@ -84,7 +85,17 @@ __global__ void __launch_bounds__(kThreads)
   if (alone && thread < kCountersOfCall) counters[thread] = 0;
 
   Range const own = part_of(stretch_of_block(c), thread / kLanes, kWarps);
-  for (int32_t i = own.begin + lane; i < own.end; i += kLanes) atomicAdd(&own_next[c.expert_of_choice[i]], 1);
+  // Lanes without a choice agree on an expert that does not exist.
+  auto const expert_at = [&](int32_t i) { return i < own.end ? c.expert_of_choice[i] : c.experts; };
+  int32_t kept[kKept];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) kept[k] = expert_at(own.begin + k * kLanes + lane);
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    if (kept[k] < c.experts) atomicAdd(&own_next[kept[k]], 1);
+  }
+  int32_t const first_not_kept = own.begin + kKept * kLanes;
+  for (int32_t i = first_not_kept + lane; i < own.end; i += kLanes) atomicAdd(&own_next[c.expert_of_choice[i]], 1);
   __syncthreads();
 
   // A thread's experts are consecutive, as the scan wants them.
@@ -99,6 +110,7 @@ __global__ void __launch_bounds__(kThreads)
     if (alone) {
       for (int w = 0; w < kWarps; ++w) total[k] += next[w * c.experts + e];
     } else {
+#pragma unroll 8
       for (unsigned b = 0; b < gridDim.x; ++b) {
         int32_t const count = c.block_counts[static_cast<int64_t>(b) * c.experts + e];
         total[k] += count;
@@ -126,11 +138,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  for (int32_t first = own.begin; first < own.end; first += kLanes) {
-    int32_t const i = first + lane;
+  auto const place = [&](int32_t i, int32_t e) {
     bool const there = i < own.end;
-    // Lanes without a choice agree on an expert that does not exist.
-    int32_t const e = there ? c.expert_of_choice[i] : c.experts;
     unsigned const peers = __match_any_sync(kAll, e);
     int32_t const rank = __popc(peers & ((1U << lane) - 1U));
     int32_t const row = there ? own_next[e] + rank : 0;
@@ -140,7 +149,13 @@ __global__ void __launch_bounds__(kThreads)
       row_of_choice[i] = row;
     }
     __syncwarp();
+  };
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    int32_t const first = own.begin + k * kLanes;
+    if (first < own.end) place(first + lane, kept[k]);
   }
+  for (int32_t first = first_not_kept; first < own.end; first += kLanes) place(first + lane, expert_at(first + lane));
 }
 
 struct Blocks {

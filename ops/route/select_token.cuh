@@ -62,21 +62,21 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The largest of the warp's keys: index in the low half, complemented, key in the high half. The same in all lanes.
+// The largest of the warp's keys: index in the low half, complemented, key in the high half; 0: none is there. The same
+// in all lanes.
 template <int kItems>
 __device__ uint64_t largest(uint32_t const (&keys)[kItems], int lane) {
-  uint64_t best = 0;
+  uint32_t own = 0;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    uint64_t const candidate = static_cast<uint64_t>(keys[i]) << 32 | static_cast<uint32_t>(~(i * kSelectLanes + lane));
-    if (keys[i] != 0 && candidate > best) best = candidate;
-  }
+  for (int i = 0; i < kItems; ++i) own = max(own, keys[i]);
+  uint32_t const best = __reduce_max_sync(kSelectAll, own);
+  if (best == 0) return 0;
+  uint32_t index = ~0U;
 #pragma unroll
-  for (int offset = kSelectLanes / 2; offset > 0; offset /= 2) {
-    uint64_t const other = __shfl_xor_sync(kSelectAll, best, offset);
-    best = other > best ? other : best;
+  for (int i = kItems - 1; i >= 0; --i) {
+    if (keys[i] == best) index = static_cast<uint32_t>(i * kSelectLanes + lane);
   }
-  return best;
+  return static_cast<uint64_t>(best) << 32U | ~__reduce_min_sync(kSelectAll, index);
 }
 
 __device__ inline int32_t index_of(uint64_t best) { return static_cast<int32_t>(~static_cast<uint32_t>(best)); }
@@ -199,6 +199,7 @@ __device__ void select_token(RouterParams const& params, Score const& score, int
   bool const softmax = router == Router::kSoftmaxTopK || router == Router::kTopKSoftmax;
   bool const over_all = router == Router::kSoftmaxTopK && !params.normalize;
   float highest = 0.0F;  // score of the first choice
+  float newest = 0.0F;   // weight of the lane's last choice so far
   float denominator = 0.0F;
   for (int32_t k = 0; k < params.top_k; ++k) {
     uint64_t const best = largest(keys, lane);
@@ -229,16 +230,18 @@ __device__ void select_token(RouterParams const& params, Score const& score, int
     if (!over_all) denominator += weight;
     if (lane == k % kSelectLanes) {
       chosen[k] = expert;
-      weights[k] = weight;
+      newest = weight;
+      if (k + kSelectLanes < params.top_k) weights[k] = weight;
     }
   }
   if (router == Router::kSigmoidTopK) denominator += 1e-20F;
   bool const top_k_router = softmax || router == Router::kSigmoidTopK || router == Router::kSparseMixer;
-  if (!top_k_router) return;
-  bool const divide = softmax || params.normalize;
-  // The lane that wrote a weight finishes it, so no lane reads what another wrote.
+  bool const divide = softmax || (top_k_router && params.normalize);
+  float const factor = top_k_router ? params.scaling_factor : 1.0F;
+  // The lane that made a weight finishes it. Its last one, with up to 32 choices the only one, has not been to memory.
   for (int32_t k = lane; k < params.top_k; k += kSelectLanes) {
-    weights[k] = (divide ? weights[k] / denominator : weights[k]) * params.scaling_factor;
+    float const weight = k + kSelectLanes < params.top_k ? weights[k] : newest;
+    weights[k] = (divide ? weight / denominator : weight) * factor;
   }
 }
 
