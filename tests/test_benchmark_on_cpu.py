@@ -114,8 +114,10 @@ def test_one_wrong_element_is_wrong_for_us_and_for_peers(tmp_path: Path) -> None
     error = check.compare(output, expected, "bfloat16")
     assert error.largest == pytest.approx(1, abs=0.02)
     for peer in (False, True):
-        with pytest.raises(check.WrongResultError, match="largest difference"):
+        with pytest.raises(check.WrongResultError, match="largest difference") as raised:
             check.judge(error, "bfloat16", peer)
+        place = f"the worst is token {int(expected.tokens[5])}, column 7: "
+        assert f"; 1 of 1024 values are not within the tolerance, {place}" in str(raised.value)
 
 
 def test_a_peer_that_rounds_more_is_noted_and_ours_is_wrong() -> None:
@@ -493,6 +495,8 @@ def test_appending_keeps_other_points_and_replaces_the_same(tmp_path: Path) -> N
     data = json.loads(path.read_text())
     found = [(p["tokens"], p["run"], p["contenders"]["bare_graph"]["ms"]) for p in data["points"]]
     assert found == [(1, 0, 0.5), (16, 1, 0.7)] and len(data["runs"]) == 2
+    add(second, 1, 0.4)  # in its old place
+    assert [p["tokens"] for p in json.loads(path.read_text())["points"]] == [1, 16]
     assert not second.failed
     second.add_failure("t5", "bfloat16", "no memory")
     assert second.failed

@@ -320,3 +320,15 @@ def test_docs_show_the_file_where_it_is(tmp_path: Path) -> None:
     shown = make_docs.resident_table(path)
     assert CASES["mixtral"].title in shown and "NVIDIA H200" in shown
     assert report.points_table(points) in shown
+
+
+def test_docs_say_which_run_measured_which_mode() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import make_docs
+
+    runs = [{"card": "H200", "date": f"2026-11-2{day}", "commit": "abc"} for day in (8, 9)]
+    record = {"runs": runs}
+    points = [{"run": 1, "mode": "host"}, {"run": 0, "mode": "device"}, {"run": 1, "mode": "host"}]
+    assert make_docs.measured_on(record, points[:1]) == "H200, 2026-11-29, commit abc"
+    told = "host: H200, 2026-11-29, commit abc; device: H200, 2026-11-28, commit abc"
+    assert make_docs.measured_on(record, points) == told

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from moe_bench.budget import Budget  # noqa: E402
 from moe_bench.cases import CASES, Case  # noqa: E402
-from moe_bench.check import WrongResultError  # noqa: E402
+from moe_bench.check import TOLERANCES, WrongResultError  # noqa: E402
 from moe_bench.guesses import best  # noqa: E402
 from moe_bench.peers.peer import UnavailableError  # noqa: E402
 from moe_bench.streaming import (  # noqa: E402
@@ -469,6 +469,18 @@ def test_without_time_what_was_not_reached_is_told(
     assert run_program(program, monkeypatch, tmp_path, "--minutes", "0", "--parts", "B", "C") == 0
     planned = decoder.planned(2) + offload.planned(2)
     assert f"{planned} planned points were not reached" in capsys.readouterr().out
+
+
+def test_a_wrong_result_that_ends_a_part_says_of_which_calls(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "float32", (0.0, 0.0))
+    given = "--parts", "A32", "--modes", "host"
+    assert run_program(program, monkeypatch, tmp_path, *given) == 1
+    data = json.loads((tmp_path / "streaming.json").read_text())
+    (failure,) = data["runs"][0]["failures"]
+    assert failure["reason"].startswith("40 tokens, uniform: wrong result: largest difference")
+    assert not data["points"]
 
 
 def test_a_part_that_fails_costs_only_itself(

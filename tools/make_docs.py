@@ -136,16 +136,20 @@ def resident_table(path: Path = ROOT / "benchmarks/results/resident.json") -> st
     shown = [g for g in report.groups(record["points"]) if g[2] == "uniform"]
     if any(dtype == "bfloat16" for _, dtype, _, _ in shown):
         shown = [g for g in shown if g[1] == "bfloat16"]  # the other type is in the file
-    used = sorted({point["run"] for *_, points in shown for point in points})
-    runs = [record["runs"][i] for i in used]
-    cards = ", ".join(sorted({run["card"] for run in runs}))
-    dates = ", ".join(sorted({run["date"][:10] for run in runs}))
-    commits = ", ".join(sorted({str(run["commit"] or "unknown")[:12] for run in runs}))
-    parts = [f"Milliseconds for one run, measured on one {cards} on {dates}, commit {commits}."]
+    parts = [all_measured_on(record, [point for *_, points in shown for point in points])]
     for case, dtype, _, points in shown:
         parts.append(f"{cases.CASES[case].title}, {dtype}:")
         parts.append(report.points_table(points, RESIDENT_COLUMNS))
     return "\n\n".join(parts)
+
+
+def all_measured_on(record: dict[str, Any], points: list[dict[str, Any]]) -> str:
+    """A sentence about a table: cards, days and commits of its points."""
+    runs = [record["runs"][i] for i in sorted({point["run"] for point in points})]
+    cards = ", ".join(sorted({run["card"] for run in runs}))
+    dates = ", ".join(sorted({run["date"][:10] for run in runs}))
+    commits = ", ".join(sorted({str(run["commit"] or "unknown")[:12] for run in runs}))
+    return f"Milliseconds for one run, measured on one {cards} on {dates}, commit {commits}."
 
 
 def resident_claims(path: Path = ROOT / "benchmarks/results/resident.json") -> str:
@@ -161,20 +165,29 @@ def streaming_table(path: Path = ROOT / "benchmarks/results/streaming.json") -> 
     if not path.exists():
         return "Not measured yet; `python benchmarks/streaming.py` does."
     record = json.loads(path.read_text())
-    runs = [record["runs"][i] for i in sorted({point["run"] for point in record["points"]})]
-    parts = [f"Milliseconds for one run or step; {'; '.join(map(measured_on, runs))}."]
+    parts = ["Milliseconds for one run or step."]
     for part, title in streaming_report.TITLES.items():
         if part == "F":
             continue  # ahead_measured
         points = [p for p in record["points"] if p["part"] == part and "ms" in p]
         if points:
-            parts += [title, streaming_report.table(points)]
+            parts += [
+                f"{title}; {measured_on(record, points)}:",
+                streaming_report.table(points),
+            ]
     return "\n\n".join(parts)
 
 
-def measured_on(run: dict[str, Any]) -> str:
-    """Card, day and commit of a run."""
-    return f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}"
+def measured_on(record: dict[str, Any], points: list[dict[str, Any]]) -> str:
+    """Card, day and commit of the points' run; of several, with the modes that each measured."""
+    modes: dict[str, dict[str, None]] = {}
+    for point in points:
+        run = record["runs"][point["run"]]
+        told = f"{run['card']}, {run['date'][:10]}, commit {str(run['commit'])[:12]}"
+        modes.setdefault(told, {})[point["mode"]] = None
+    if len(modes) == 1:
+        return next(iter(modes))
+    return "; ".join(f"{', '.join(of)}: {told}" for told, of in modes.items())
 
 
 def ahead_measured(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
@@ -183,17 +196,19 @@ def ahead_measured(path: Path = ROOT / "benchmarks/results/streaming.json") -> s
     points = [p for p in record["points"] if p["part"] == "F" and "ms" in p]
     if not points:
         return "Not measured yet; `python benchmarks/streaming.py --parts F` does."
-    told = measured_on(record["runs"][points[0]["run"]])
-    return f"{streaming_report.TITLES['F']}; {told}:\n\n{streaming_report.table(points)}"
+    title = f"{streaming_report.TITLES['F']}; {measured_on(record, points)}:"
+    return f"{title}\n\n{streaming_report.table(points)}"
 
 
 def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") -> str:
     """What a user wants to know of it: a decoder's token by slots, and the peer."""
     if not path.exists():
         return "Not measured yet; `python benchmarks/streaming.py` does."
-    points = [p for p in json.loads(path.read_text())["points"] if "ms" in p]
-    rows = []
-    for p in points:
+    record = json.loads(path.read_text())
+    rows, shown = [], []
+    for p in record["points"]:
+        if "ms" not in p:
+            continue
         if p["part"] == "B" and p["tokens"] == 1 and p["slots"] < cases.CASES[p["case"]].experts:
             who = f"48 layers of 128 experts, top 8, 2048 x 768; slots for {p['slots']}"
         elif p["part"] == "C" and p["state"] == "cold":
@@ -208,9 +223,11 @@ def streaming_in_short(path: Path = ROOT / "benchmarks/results/streaming.json") 
         }.get(p["mode"], p["mode"])
         hits = streaming_report.percent(p.get("hit_rate"))
         rows.append((who, by, report.number(p["ms"]), report.number(p.get("floor_ms")), hits))
-    return markdown_table(
+        shown.append(p)
+    table = markdown_table(
         ("MoE layers, bfloat16, one token", "by", "ms", "floor", "experts hit"), rows
     )
+    return f"{all_measured_on(record, shown)}\n\n{table}"
 
 
 def models() -> str:

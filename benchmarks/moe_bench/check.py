@@ -47,11 +47,13 @@ class Error:
         largest: largest absolute difference.
         norm: norm of the difference over the norm of the reference.
         within: every element is within the tolerance.
+        beyond: how many of how many are not, and the worst of them; "" where all are.
     """
 
     largest: float
     norm: float
     within: bool
+    beyond: str = ""
 
 
 def expect(
@@ -123,9 +125,20 @@ def compare(found: torch.Tensor, expected: Expected, dtype: str) -> Error:
         raise WrongResultError(f"{count} of {finite.numel()} values are NaN or infinite")
     atol, rtol = TOLERANCES[dtype]
     difference = (found[expected.tokens].double() - expected.values).abs()
-    within = difference <= atol + rtol * expected.values.abs()
+    tolerance = atol + rtol * expected.values.abs()
+    within = difference <= tolerance
     norm = difference.norm() / expected.values.norm()
-    return Error(float(difference.max()), float(norm), bool(within.all()))
+    beyond = ""
+    if not bool(within.all()):
+        count, total = int((~within).sum()), within.numel()
+        row, column = divmod(int((difference / tolerance).argmax()), within.shape[1])
+        beyond = (
+            f"{count} of {total} values are not within the tolerance, the worst is token"
+            f" {int(expected.tokens[row])}, column {column}:"
+            f" {float(found[expected.tokens[row], column]):.9g} for"
+            f" {float(expected.values[row, column]):.9g}"
+        )
+    return Error(float(difference.max()), float(norm), beyond == "", beyond)
 
 
 def judge(error: Error, dtype: str, peer: bool) -> str:
@@ -144,4 +157,4 @@ def judge(error: Error, dtype: str, peer: bool) -> str:
     text = f"largest difference {error.largest:.3g}, in the norm {error.norm:.3g}"
     if peer and error.norm <= PEER_NORM[dtype]:
         return f"rounds more than the tolerance allows: {text}"
-    raise WrongResultError(f"wrong result: {text}")
+    raise WrongResultError(f"wrong result: {text}; {error.beyond}")

@@ -59,12 +59,18 @@ class RecordFile:
         return [point for point in self.data["points"] if point["run"] == self._run]
 
     def add(self, point: dict[str, Any]) -> None:
-        """Adds a point in the place of an older one, and writes the file."""
+        """Adds a point, in the place of an older one if there is one, and writes the file."""
         point = {**point, "run": self._run}
-        key = [point.get(name) for name in self._key]
-        kept = [p for p in self.data["points"] if [p.get(name) for name in self._key] != key]
-        self.data["points"] = [*kept, point]
+        points, key = self.data["points"], self._about(point)
+        same = [i for i, other in enumerate(points) if self._about(other) == key]
+        if same:
+            points[same[0]] = point
+        else:
+            points.append(point)
         self.write()
+
+    def _about(self, point: dict[str, Any]) -> list[Any]:
+        return [point.get(name) for name in self._key]
 
     def add_failure(self, **failure: Any) -> None:
         """Something could not be measured at all."""

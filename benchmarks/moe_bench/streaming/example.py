@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_bench import check
+from moe_bench.check import WrongResultError
 from moe_bench.inputs import InputSet
 from moe_bench.routing import choose, make_sets
 from moe_bench.streaming import traces
@@ -122,7 +123,7 @@ def measure_resident(resident: Bound, calls: Calls, experts: Experts, dtype: str
     """Milliseconds of a call with all experts resident; its results are compared with float64.
 
     Raises:
-        WrongResultError: a result is not the layer's.
+        WrongResultError: a result is not the layer's; the text says of which calls.
     """
     for chosen, logits in zip(calls.chosen[:3], calls.logits[:3], strict=True):
         given = InputSet(calls.x, logits[0], chosen, len(chosen.unique()))
@@ -130,7 +131,10 @@ def measure_resident(resident: Bound, calls: Calls, experts: Experts, dtype: str
         resident.poison()
         resident.step(logits)
         error = check.compare(resident.outputs[0], expected, dtype)
-        check.judge(error, dtype, peer=False)
+        try:
+            check.judge(error, dtype, peer=False)
+        except WrongResultError as wrong:  # it ends the part, so no point says what it was about
+            raise WrongResultError(f"{len(calls.x)} tokens, {calls.routing}: {wrong}") from wrong
     found = time_steps(lambda i: resident.step(calls.logits[i % len(calls.logits)]), 20, 1.0, 3)
     return float(times(found, alike=True)["ms"])
 
