@@ -62,18 +62,21 @@ void ExpertBus::bring(int64_t layer, FetchItem const* items, int32_t count, cuda
   int32_t const guessed = find_guess(layer, items, count);
   // First what the bus waits for.
   if (guessed >= 0) copy_rest(*own.source, items[guessed]);
-  for (int32_t i = 0; i < count; ++i) {
-    if (i != guessed) copy(*own.source, items[i]);
+  int32_t const last = guessed == count - 1 ? count - 2 : count - 1;
+  for (int32_t i = 0; i <= last; ++i) {
+    if (i != guessed) copy(*own.source, items[i], i == last);
   }
   if (guessed >= 0) move(&own, items[guessed], stream);
 }
 
-void ExpertBus::copy(CopySource const& source, FetchItem const& item) {
+// The flag rises in between only for the last expert: a rise holds the bus up for more than a microsecond, and while
+// another expert follows, nobody waits for the one before.
+void ExpertBus::copy(CopySource const& source, FetchItem const& item, bool is_last) {
   uint8_t* const slot = source.slot(item.slot);
   uint32_t* const flag = source.there + item.slot;
   for (size_t i = 0; i < source.parts.size(); ++i) {
     auto const& part = source.parts[i];
-    if (part.late && i > 0 && !source.parts[i - 1].late) flags_.write(copies_.get(), flag, kFirstThere);
+    if (is_last && part.late && i > 0 && !source.parts[i - 1].late) flags_.write(copies_.get(), flag, kFirstThere);
     MOE_CUDA_CHECK(cudaMemcpyAsync(slot + part.offset_in_slot, source.address(item.expert, i), part.bytes,
                                    cudaMemcpyHostToDevice, copies_.get()));
   }

@@ -71,7 +71,7 @@ class ExpertBus {
     AheadCounters counters;
   };
 
-  void copy(CopySource const& source, FetchItem const& item);
+  void copy(CopySource const& source, FetchItem const& item, bool is_last);
   int32_t find_guess(int64_t layer, FetchItem const* items, int32_t count);
   void copy_rest(CopySource const& source, FetchItem const& item);
   void move(Layer* own, FetchItem const& item, cudaStream_t stream);
