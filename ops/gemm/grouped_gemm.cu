@@ -48,8 +48,9 @@ void check_source(GroupedGemm const& gemm) {
 
 __global__ void __launch_bounds__(kThreads)
     fill_kernel(ExpertGroups groups, uint8_t* input, int64_t input_row_bytes, uint8_t* source, uint8_t* output,
-                int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t output_stride,
-                uint64_t weight_offset, bool has_bias, uint64_t bias_offset, GroupArrays arrays) {
+                int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t weight_stride,
+                int64_t output_stride, uint64_t weight_offset, bool has_bias, uint64_t bias_offset,
+                GroupArrays arrays) {
   int32_t const g = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
   if (g >= groups.count) return;
   int64_t const begin = groups.row_begin[g];
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     arrays.source_strides[g] = 0;  // one row for all
   }
   arrays.input_strides[g] = input_stride;
-  arrays.weight_strides[g] = k;
+  arrays.weight_strides[g] = weight_stride;
   arrays.output_strides[g] = output_stride;
 }
 
@@ -95,7 +96,7 @@ size_t GroupArrays::layout(int32_t groups, uint8_t* base, GroupArrays* arrays) {
 
 size_t grouped_gemm_workspace(int32_t groups) { return GroupArrays::layout(groups, nullptr, nullptr); }
 
-void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
+void fill_group_arrays(GroupedGemm const& gemm, int64_t weight_stride, GroupArrays const& arrays) {
   auto const element = static_cast<int64_t>(size_of(gemm.dtype));
   int64_t const columns = gemm.activation.gated ? gemm.n / 2 : gemm.n;
   // With a gated activation the kernel stores n units of half an element a row (see gated_epilogue.cuh): a stride of n
@@ -104,8 +105,8 @@ void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
   fill_kernel<<<blocks, kThreads, 0, gemm.stream>>>(
       gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,
       static_cast<uint8_t*>(const_cast<void*>(gemm.source)), static_cast<uint8_t*>(gemm.output), columns * element,
-      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.n, gemm.weight_offset,
-      gemm.has_bias, gemm.bias_offset, arrays);
+      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, weight_stride, gemm.n,
+      gemm.weight_offset, gemm.has_bias, gemm.bias_offset, arrays);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -119,7 +120,6 @@ void grouped_gemm(GroupedGemm const& gemm) {
   if (gemm.dtype != DataType::kFloat32 && gemm.activation.gated && gemm.has_bias) return run_unaligned(gemm);
   GroupArrays arrays;
   GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
-  fill_group_arrays(gemm, arrays);
   switch (gemm.dtype) {
     case DataType::kFloat32:
       return run_float32(gemm, arrays);

@@ -4,10 +4,11 @@
 //   of g
 //
 // with a bias or a source or neither, and an activation or none.
-// Sums are in float32. How many rows a group has is known to the device alone; groups without rows cost nothing. Which
-// kernel runs depends on what the host knows of the whole call (rows, expert_count, n, k, type, alignment), and a
-// tile's result on its group alone: so it does not matter which experts share a call, and resident and streaming
-// results agree in every bit. docs/kernels.md says which kernel runs when.
+// Sums are in float32; those of float32 products are taken in slices of k (float32.cu). How many rows a group has is
+// known to the device alone; groups without rows cost nothing. Which kernel runs depends on what the host knows of the
+// whole call (rows, expert_count, n, k, type, alignment), and a tile's result on its group alone: so it does not matter
+// which experts share a call, and resident and streaming results agree in every bit. docs/kernels.md says which kernel
+// runs when.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -26,8 +26,8 @@ struct GroupArrays {
   static size_t layout(int32_t groups, uint8_t* base, GroupArrays* arrays);
 };
 
-// Fills the arrays from the groups.
-void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays);
+// Fills the arrays from the groups. `weight_stride`: elements from a row of W to the next.
+void fill_group_arrays(GroupedGemm const& gemm, int64_t weight_stride, GroupArrays const& arrays);
 
 // Tensor cores, 16-byte aligned operands. Wide: many rows an expert; narrow: few.
 void run_float16_wide(GroupedGemm const& gemm, GroupArrays const& arrays);
