@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_bench.streaming.report import TITLES, guess
 
+COLUMNS = 2
 COLOURS = {
     "host": "tab:blue",
     "device": "tab:green",
@@ -24,6 +25,7 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     parts = {
         part: [p for p in data["points"] if p["part"] == part and "ms" in p] for part in TITLES
@@ -32,10 +34,14 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
     if not parts:
         return
     bars = max(len(found) for found in parts.values())
-    figure = Figure(figsize=(5 * len(parts), 2 + 0.2 * bars), layout="constrained")
+    rows = -(-len(parts) // COLUMNS)
+    columns = min(len(parts), COLUMNS)
+    figure = Figure(figsize=(6.5 * columns, rows * (1 + 0.18 * bars)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(parts), squeeze=False)[0]
-    for axis, (part, found) in zip(axes, parts.items(), strict=True):
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(parts) :]:
+        axis.set_axis_off()
+    for axis, (part, found) in zip(axes, parts.items(), strict=False):
         places = list(range(len(found)))
         axis.barh(
             places,
@@ -48,6 +54,10 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
         axis.set_yticks(places, [label(p) for p in found], fontsize=6)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", labelsize=7)
         axis.set_xlabel("ms; black: the floor")
         axis.set_title(TITLES[part], fontsize=8)
         axis.grid(alpha=0.3, axis="x")
