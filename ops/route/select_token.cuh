@@ -1,8 +1,7 @@
 // How one warp chooses the experts of one token and their weights: every router's arithmetic, in float32.
 //
 // A lane holds what ranks experts lane, lane + 32, ... as sortable keys in registers. Each of the top_k rounds takes
-// the largest key of the warp; a key is followed by the complement of the expert's index, so the lower index wins a
-// tie.
+// the largest key of the warp, and of those that have it the one of the lowest index.
 #pragma once
 
 #include <cstdint>
