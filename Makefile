@@ -7,11 +7,14 @@
 # MOE_INFER_WITH_TORCH=1     the tests that export from PyTorch too (installs it)
 # MOE_INFER_REQUIRE_ALL=1    a skip of anything but a GPU test is a failure
 # MOE_INFER_GPU_ARCHS=90a    GPU code for these alone (see meson.options)
+# TEST_JOBS=2                processes that share the tests; 0: none but pytest's own, as a debugger wants it
 # GPU_REPORT_ARGS=...        of tools/gpu_report.py, such as --only layer
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_GPU ?= .venv-gpu
+# Each imports PyTorch: more than four are rather a matter of memory than of time.
+TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The package itself is used from this tree; the plugin is compiled by tools/build_native.py.
@@ -36,7 +39,7 @@ demo: $(VENV)/.cpu
 
 test: $(VENV)/.test $(TORCH)
 	$(BIN)/python tools/build_native.py --with-libraries $(IF_POSSIBLE)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 build: $(VENV)/.build
 	$(BIN)/python tools/build_native.py

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -88,6 +89,10 @@ NEEDS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, (_, description) in NEEDS.items():
         config.addinivalue_line("markers", f"{name}: needs {description}")
+    if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers inherit the variable
+        folder = tempfile.TemporaryDirectory(prefix="moe-infer-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["MOE_INFER_TEST_FOLDER"] = folder.name  # see shared_files.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared_files import alone
+
 ROOT = Path(__file__).resolve().parent.parent
 FOUND = ROOT / "build/models.json"
 """What the tests of this checkout found last."""
@@ -191,8 +193,8 @@ def load(path: Path) -> dict[tuple[str, str, str], Outcome]:
 
 def record(outcome: Outcome) -> None:
     """Keeps an outcome for tools/make_models.py."""
-    FOUND.parent.mkdir(exist_ok=True)
-    save(FOUND, {**load(FOUND), outcome.key: outcome})
+    with alone(FOUND):
+        save(FOUND, {**load(FOUND), outcome.key: outcome})
 
 
 def save(path: Path, outcomes: dict[tuple[str, str, str], Outcome]) -> None:

@@ -1,8 +1,9 @@
 """Tiny MoE models with random weights, from transformers' own configurations, and their exports.
 
 ``make(family)`` gives a model and inputs for it; ``export(family, exporter)`` the graph's path;
-``expected(family)`` PyTorch's outputs. All are made once a session. To add a model, add an entry to
-:data:`FAMILIES`; to add a way to export, one to :data:`EXPORTERS`.
+``expected(family)`` PyTorch's outputs. All are made once a session, a graph once for all workers of
+pytest. To add a model, add an entry to :data:`FAMILIES`; to add a way to export, one to
+:data:`EXPORTERS`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+
+import shared_files
 
 VOCAB = 64
 BATCH, SEQ = 2, 7
@@ -172,23 +175,17 @@ def export(family: str, exporter: str) -> Path:
     Raises:
         Exception: whatever the exporter raises; it is raised again by each call.
     """
-    path = _folder() / f"{family}-{exporter}" / "model.onnx"
-    path.parent.mkdir()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        EXPORTERS[exporter](make(family), path)
+    path = shared_files.folder() / "zoo" / f"{family}-{exporter}" / "model.onnx"
+    with shared_files.alone(path.parent):
+        if not path.parent.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent.parent) as unfinished:
+                made = Path(unfinished) / "whole"
+                made.mkdir()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    EXPORTERS[exporter](make(family), made / path.name)
+                made.rename(path.parent)
     return path
-
-
-@functools.cache
-def _folder() -> Path:
-    holder = tempfile.TemporaryDirectory(prefix="moe-infer-zoo-")
-    _KEPT.append(holder)
-    return Path(holder.name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that live as long as the process."""
 
 
 class _Logits(torch.nn.Module):

@@ -1,5 +1,6 @@
 // ops/route/select_token.cuh on the host: the 32 lanes of a warp are 32 contexts that take turns at every warp-wide
 // operation. The same code as on a GPU, but for the exponential function's last bits.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -16,8 +17,11 @@ constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 128 << 10;
 
 struct Warp {
-  ucontext_t scheduler;
-  std::array<ucontext_t, kLanes> lanes;
+  std::array<ucontext_t, kLanes> starts;
+  // Turns change by jumps: swapcontext calls the kernel each time, for signals' sake.
+  jmp_buf scheduler;
+  std::array<jmp_buf, kLanes> lanes;
+  std::array<bool, kLanes> begun;
   std::array<std::array<uint64_t, kLanes>, 2> posted;  // in turn: a lane may be one operation ahead of another
   std::array<int, kLanes> operations;
   std::array<bool, kLanes> done;
@@ -30,8 +34,17 @@ std::array<uint64_t, kLanes> const& exchange(uint64_t value) {
   int const lane = warp.lane;
   auto& all = warp.posted[static_cast<size_t>(warp.operations[static_cast<size_t>(lane)]++ % 2)];
   all[static_cast<size_t>(lane)] = value;
-  swapcontext(&warp.lanes[static_cast<size_t>(lane)], &warp.scheduler);
+  if (_setjmp(warp.lanes[static_cast<size_t>(lane)]) == 0) _longjmp(warp.scheduler, 1);
   return all;
+}
+
+// Returns when the lane has posted a value or is done.
+void take_turn(size_t lane) {
+  warp.lane = static_cast<int>(lane);
+  if (_setjmp(warp.scheduler) != 0) return;
+  if (warp.begun[lane]) _longjmp(warp.lanes[lane], 1);
+  warp.begun[lane] = true;
+  setcontext(&warp.starts[lane]);
 }
 
 }  // namespace
@@ -85,26 +98,27 @@ void run_lane() {
   moe_infer::select_token<kItems>(
       token.params, [](int32_t expert) { return token.scores[expert]; }, lane, token.chosen, token.weights);
   warp.done[static_cast<size_t>(lane)] = true;
+  _longjmp(warp.scheduler, 1);
 }
 
 template <int kItems>
 void run_warp(std::vector<std::vector<uint8_t>>* stacks) {
   warp.operations.fill(0);
+  warp.begun.fill(false);
   warp.done.fill(false);
   for (size_t lane = 0; lane < kLanes; ++lane) {
-    auto& context = warp.lanes[lane];
+    auto& context = warp.starts[lane];
     getcontext(&context);
     context.uc_stack.ss_sp = (*stacks)[lane].data();
     context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = &warp.scheduler;
+    context.uc_link = nullptr;  // run_lane does not return
     makecontext(&context, run_lane<kItems>, 0);
   }
   for (bool any = true; any;) {
     any = false;
     for (size_t lane = 0; lane < kLanes; ++lane) {
       if (warp.done[lane]) continue;
-      warp.lane = static_cast<int>(lane);
-      swapcontext(&warp.scheduler, &warp.lanes[lane]);
+      take_turn(lane);
       any = any || !warp.done[lane];
     }
     for (size_t lane = 1; lane < kLanes; ++lane) {

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from shared_files import alone
+
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OURS = [
@@ -29,6 +31,8 @@ SIMDJSON = ".deps/simdjson/simdjson.cpp"
 CUDA = ".cuda/nvidia/cu13"
 INCLUDES = ["-Iops", "-Iops/include", "-isystem", f"{CUDA}/include"]
 INCLUDES += ["-isystem", ".deps/simdjson", "-isystem", ".deps/zlib"]
+OBJECTS = ROOT / "build/sanitized"
+"""Of all programs."""
 
 
 def why_not() -> str:
@@ -49,24 +53,35 @@ def build(folder: Path) -> Path:
 
 
 def build_program(folder: Path, ours: list[str], libraries: list[str]) -> Path:
-    """Compiles a program into ``folder``, objects that are newer than their source once only."""
+    """Links a program in ``folder``; the programs beside it share their objects."""
     folder.mkdir(parents=True, exist_ok=True)
+    program = folder / folder.name
+    with alone(OBJECTS):
+        objects = _compile(ours)
+        made = program.with_suffix(".new")  # another worker may be running the old one
+        _run(["g++", *SANITIZERS, *map(str, objects), *libraries, "-o", str(made)])
+        made.replace(program)
+    return program
+
+
+def _compile(ours: list[str]) -> list[Path]:
+    """The objects of a program; those that are newer than their source stay as they are."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
     headers = [*ROOT.glob("ops/**/*.h"), *ROOT.glob("tests/native/*.h")]
     objects = []
     for source in [*ZLIB, SIMDJSON, *ours]:
         mine = source in ours
-        made = folder / (source.replace("/", "_") + ".o")
-        objects.append(str(made))
+        made = OBJECTS / (source.replace("/", "_") + ".o")
+        objects.append(made)
         inputs = [ROOT / source, *(headers if mine else [])]
         if made.is_file() and all(made.stat().st_mtime > p.stat().st_mtime for p in inputs):
             continue
         language = ["gcc"] if source.endswith(".c") else ["g++", "-std=c++17"]
         # Not ours, and slow to build with sanitizers: only memory that we hand over is of interest.
         flags = [*SANITIZERS, "-Wall", "-Wextra", "-Werror"] if mine else ["-w", "-DHAVE_UNISTD_H"]
-        _run([*language, "-g", "-O1", *flags, *INCLUDES, "-c", source, "-o", str(made)])
-    program = folder / folder.name
-    _run(["g++", *SANITIZERS, *objects, *libraries, "-o", str(program)])
-    return program
+        # Lines are all that the sanitizers' reports need of -g.
+        _run([*language, "-g1", "-O1", *flags, *INCLUDES, "-c", source, "-o", str(made)])
+    return objects
 
 
 def _run(command: list[str]) -> None:
