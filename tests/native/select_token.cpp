@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -66,6 +67,16 @@ inline bool __any_sync(unsigned, bool value) {
   return false;
 }
 
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  auto const& all = exchange(value);
+  return static_cast<uint32_t>(*std::max_element(all.begin(), all.end()));
+}
+
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  auto const& all = exchange(value);
+  return static_cast<uint32_t>(*std::min_element(all.begin(), all.end()));
+}
+
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits = 0;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -79,6 +90,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 using std::isnan;
+using std::max;
 
 #include "route/select_token.cuh"
 
