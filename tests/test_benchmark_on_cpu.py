@@ -121,7 +121,7 @@ def test_one_wrong_element_is_wrong_for_us_and_for_peers(tmp_path: Path) -> None
 
 
 def test_a_peer_that_rounds_more_is_noted_and_ours_is_wrong() -> None:
-    error = check.Error(largest=0.03, norm=0.01, within=False)
+    error = check.Error(largest=0.03, norm=0.01, beyond="one")
     assert "0.03" in check.judge(error, "bfloat16", peer=True)
     with pytest.raises(check.WrongResultError):
         check.judge(error, "bfloat16", peer=False)

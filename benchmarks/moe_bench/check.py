@@ -46,14 +46,18 @@ class Error:
     Attributes:
         largest: largest absolute difference.
         norm: norm of the difference over the norm of the reference.
-        within: every element is within the tolerance.
-        beyond: how many of how many are not, and the worst of them; "" where all are.
+        beyond: how many elements of how many are beyond the tolerance, and the worst of them; ""
+            where none is.
     """
 
     largest: float
     norm: float
-    within: bool
     beyond: str = ""
+
+    @property
+    def within(self) -> bool:
+        """Every element is within the tolerance."""
+        return not self.beyond
 
 
 def expect(
@@ -138,7 +142,7 @@ def compare(found: torch.Tensor, expected: Expected, dtype: str) -> Error:
             f" {float(found[expected.tokens[row], column]):.9g} for"
             f" {float(expected.values[row, column]):.9g}"
         )
-    return Error(float(difference.max()), float(norm), beyond == "", beyond)
+    return Error(float(difference.max()), float(norm), beyond)
 
 
 def judge(error: Error, dtype: str, peer: bool) -> str:

@@ -61,24 +61,27 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// The largest of the warp's keys: index in the low half, complemented, key in the high half; 0: none is there. The same
-// in all lanes.
+struct Largest {
+  uint32_t key;
+  int32_t index;
+};
+
+// The largest of the warp's keys, of equals that of the lowest index; key 0 and index -1: none is there. The same in
+// all lanes.
 template <int kItems>
-__device__ uint64_t largest(uint32_t const (&keys)[kItems], int lane) {
+__device__ Largest largest(uint32_t const (&keys)[kItems], int lane) {
   uint32_t own = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) own = max(own, keys[i]);
   uint32_t const best = __reduce_max_sync(kSelectAll, own);
-  if (best == 0) return 0;
+  if (best == 0) return {0, -1};
   uint32_t index = ~0U;
 #pragma unroll
   for (int i = kItems - 1; i >= 0; --i) {
     if (keys[i] == best) index = static_cast<uint32_t>(i * kSelectLanes + lane);
   }
-  return static_cast<uint64_t>(best) << 32U | ~__reduce_min_sync(kSelectAll, index);
+  return {best, static_cast<int32_t>(__reduce_min_sync(kSelectAll, index))};
 }
-
-__device__ inline int32_t index_of(uint64_t best) { return static_cast<int32_t>(~static_cast<uint32_t>(best)); }
 
 template <int kItems>
 __device__ void remove(uint32_t (&keys)[kItems], int32_t index, int lane) {
@@ -125,7 +128,7 @@ __device__ void keep_best_groups(RouterParams const& params, uint32_t (&keys)[kI
 
   unsigned open[kGroupItems] = {};  // a bit a group, the same in all lanes
   for (int32_t k = 0; k < params.topk_group; ++k) {
-    int32_t const group = index_of(largest(group_keys, lane));
+    int32_t const group = largest(group_keys, lane).index;
     remove(group_keys, group, lane);
 #pragma unroll
     for (int item = 0; item < kGroupItems; ++item) {
@@ -201,9 +204,9 @@ __device__ void select_token(RouterParams const& params, Score const& score, int
   float newest = 0.0F;   // weight of the lane's last choice so far
   float denominator = 0.0F;
   for (int32_t k = 0; k < params.top_k; ++k) {
-    uint64_t const best = largest(keys, lane);
-    int32_t const expert = index_of(best);
-    float const value = value_of(static_cast<uint32_t>(best >> 32));
+    Largest const best = largest(keys, lane);
+    int32_t const expert = best.index;
+    float const value = value_of(best.key);
     if (k == 0) {
       highest = value;
       if (over_all) {
