@@ -33,6 +33,15 @@ __device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32
   atomicMax(there, flag);
 }
 
+__device__ inline void store_release(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+__device__ inline uint32_t load_acquire(uint32_t const* address) {
+  uint32_t value = 0;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 // One thread waits until `least` (kFirstThere, kAllThere) of the slot's expert has come; what it reads afterwards is
 // the expert.
 __device__ inline void wait_for_expert(Arrivals const& arrivals, int32_t slot, uint32_t least) {

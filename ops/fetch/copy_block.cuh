@@ -31,6 +31,14 @@ __device__ void copy_chunk(uint8_t const* source, uint8_t* destination, uint32_t
   if (rest < bytes) destination[rest] = source[rest];
 }
 
+// Chunk `chunk` of an item.
+template <int kThreads>
+__device__ void copy_chunk_of(FetchSource const& source, FetchItem const& item, FetchChunk const& chunk) {
+  uint8_t const* const tensor = source.tensors[static_cast<int64_t>(item.expert) * source.tensor_count + chunk.tensor];
+  uint8_t* const slot = source.slots + static_cast<uint64_t>(item.slot) * source.slot_bytes;
+  copy_chunk<kThreads>(tensor + chunk.offset, slot + chunk.offset_in_slot, chunk.bytes);
+}
+
 // Block `block` of `copy.blocks`; plan_in_block's results are there.
 template <int kThreads>
 __device__ void copy_in_block(ExpertCopy const& copy, uint32_t block) {
@@ -41,13 +49,24 @@ __device__ void copy_in_block(ExpertCopy const& copy, uint32_t block) {
     auto const item = static_cast<int32_t>(i / source.chunk_count);
     FetchItem const fetch = tables.items[item];
     FetchChunk const chunk = source.chunks[i % source.chunk_count];
-    uint8_t const* const tensor =
-        source.tensors[static_cast<int64_t>(fetch.expert) * source.tensor_count + chunk.tensor];
-    uint8_t* const slot = source.slots + static_cast<uint64_t>(fetch.slot) * source.slot_bytes;
-    copy_chunk<kThreads>(tensor + chunk.offset, slot + chunk.offset_in_slot, chunk.bytes);
+    copy_chunk_of<kThreads>(source, fetch, chunk);
     publish_chunk(&tables.chunks_done[item], chunk.late, static_cast<uint32_t>(source.chunk_count - source.late_count),
                   static_cast<uint32_t>(source.late_count), &tables.arrivals.there[fetch.slot]);
   }
+}
+
+// Where the host copies: the first chunks of the first item, one a block, while the host notices what was ordered.
+// Another block of the same kernel plans meanwhile; it was started before.
+template <int kThreads>
+__device__ void copy_head_in_block(ExpertCopy const& copy, uint32_t block) {
+  auto const& tables = copy.tables;
+  if (threadIdx.x == 0) {
+    while (load_acquire(tables.listed) != tables.orders.wanted) __nanosleep(50);
+  }
+  __syncthreads();
+  if (__ldcg(tables.item_count) == 0) return;
+  int2 const item = __ldcg(reinterpret_cast<int2 const*>(tables.items));
+  copy_chunk_of<kThreads>(copy.source, {item.x, item.y}, copy.source.chunks[block]);
 }
 
 }  // namespace moe_infer

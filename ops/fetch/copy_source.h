@@ -19,6 +19,7 @@ struct CopySource {
   uint8_t* slots = nullptr;
   uint64_t slot_bytes = 0;
   uint32_t* there = nullptr;  // of each slot
+  uint64_t head_bytes = 0;    // of the first part of a call's first expert, which the kernel that plans copies
 
   uint64_t expert_bytes() const {
     uint64_t bytes = 0;

@@ -16,9 +16,14 @@ namespace {
 constexpr uint64_t kAlignment = 16;
 // Enough for the bus's full speed: 256 KiB in flight. Half as much reaches half of it, twice as much no more.
 constexpr unsigned kBlocks = 8;
+// That copy a chunk each while the host notices what was ordered, which takes it about as long.
+constexpr uint32_t kHeadBlocks = 8;
 
-// What the host's part of a call costs: it waits for the plan, and enqueues. Measured, see docs/fetching.md.
-constexpr double kHostSeconds = 15e-6;
+// What the host's part of a call costs where little is missing: it waits for the plan, and the copies that it then
+// enqueues hide that. So chosen that both ways take as long at 0.3 misses a call of 9.4 MB (docs/fetching.md).
+constexpr double kHostSeconds = 3e-6;
+// Before a layer has run.
+constexpr float kMissesExpected = 1;
 
 unsigned blocks_from_environment() {
   // For benchmarks/streaming.py, which measures what kBlocks should be.
@@ -101,7 +106,9 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams 
     : policy_(cache.policy()),
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
-      device_(current_device()) {
+      device_(current_device()),
+      recent_misses_(allocate_pinned(sizeof(float))),
+      mode_(mode) {
   size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
   memory_ =
       std::make_shared<DeviceMemory>(allocate_device(bytes, "the tables of an expert cache", "free some GPU memory"));
@@ -109,8 +116,9 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams 
   MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));
   host_copy_ = std::make_unique<HostCopy>(list_sources(cache), slots_);
   copy_.blocks = blocks_from_environment();
-  bool const by_kernels = mode == FetchMode::kDevice || (mode == FetchMode::kAuto && !host_copies_faster());
-  faster_copier_ = by_kernels ? Copier::kKernels : Copier::kHost;
+  if (mode == FetchMode::kAuto) saved_ = seconds_saved_by_host();
+  *recent_misses_.as<float>() = kMissesExpected;
+  copy_.tables.recent_misses = recent_misses_.as<float>();  // page-locked memory has one address
   MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));  // what measuring left
   staging_ = allocate_pinned(shared_bytes_);
   target_ = std::make_shared<GuessTarget const>(
@@ -158,16 +166,28 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   source.chunk_count = static_cast<int32_t>(chunks.size());
   source.late_count = static_cast<int32_t>(
       std::count_if(chunks.begin(), chunks.end(), [](FetchChunk const& chunk) { return chunk.late; }));
+  for (; head_blocks_ < kHeadBlocks && head_blocks_ < chunks.size(); ++head_blocks_) {
+    auto const& chunk = chunks[head_blocks_];
+    if (chunk.tensor != chunks[0].tensor) break;
+    found.head_bytes += chunk.bytes;
+  }
   source.slots = found.slots;
   source.slot_bytes = found.slot_bytes;
   return found;
 }
 
-bool DeviceFetch::host_copies_faster() const {
+double DeviceFetch::seconds_saved_by_host() const {
   auto const& source = host_copy_->source();
   auto const rates = copy_rates(copy_, source, experts_, slots_);
-  double const saved = static_cast<double>(source.expert_bytes()) * (rates.kernel - rates.engine);
-  return host_can_copy() && rates.engine > 0 && saved > kHostSeconds;
+  bool const is_known = host_can_copy() && rates.engine > 0;
+  return is_known ? static_cast<double>(source.expert_bytes()) * (rates.kernel - rates.engine) : 0.0;
+}
+
+Copier DeviceFetch::faster_copier() const {
+  if (mode_ == FetchMode::kHost) return Copier::kHost;
+  float misses = 0;  // kernels may write it meanwhile
+  __atomic_load(recent_misses_.as<float>(), &misses, __ATOMIC_RELAXED);
+  return misses * saved_ > kHostSeconds ? Copier::kHost : Copier::kKernels;
 }
 
 ExpertCopy DeviceFetch::copy(Copier copier) const {
@@ -176,14 +196,18 @@ ExpertCopy DeviceFetch::copy(Copier copier) const {
   return copy;
 }
 
-FetchTables DeviceFetch::tables_of_call(Copier copier) const {
-  FetchTables tables = copy_.tables;
-  if (copier == Copier::kHost) tables.orders = host_copy_->next_orders();
-  return tables;
+ExpertCopy DeviceFetch::head_of_call(Copier copier) const {
+  ExpertCopy head = copy_;
+  head.blocks = 0;
+  if (copier == Copier::kHost) {
+    head.blocks = head_blocks_;
+    head.tables.orders = host_copy_->next_orders();
+  }
+  return head;
 }
 
 void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const {
-  plan_fetch(policy_, experts_, slots_, counts, tables_of_call(copier), overlap, stream);
+  plan_fetch(policy_, experts_, slots_, counts, head_of_call(copier), overlap, stream);
   if (copier == Copier::kHost) host_copy_->copy(0, stream);
   copy_experts(copy(copier), overlap, stream);
 }
@@ -192,7 +216,7 @@ void DeviceFetch::select_and_plan(Copier copier, void const* scores, DataType sc
                                   NextLogits const& next, cudaStream_t stream) const {
   auto const target = copier == Copier::kHost ? next_->get() : nullptr;
   auto const guess = guess_by(next, target.get());
-  select_and_plan_fetch(target_->router, scores, scores_dtype, routing, policy_, slots_, tables_of_call(copier), guess,
+  select_and_plan_fetch(target_->router, scores, scores_dtype, routing, policy_, slots_, head_of_call(copier), guess,
                         is_hopper(), stream);
   if (copier == Copier::kHost) host_copy_->copy(guess.scores == nullptr ? 0 : target->id, stream);
 }

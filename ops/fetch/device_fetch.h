@@ -70,8 +70,8 @@ class DeviceFetch {
   // At its end: the bus may work for the next layer.
   void fetch_ahead() const { host_copy_->fetch_ahead(); }
   ExpertCopy copy(Copier copier) const;
-  // Outside of CUDA graphs.
-  Copier faster_copier() const { return faster_copier_; }
+  // Outside of CUDA graphs, by what the last calls missed.
+  Copier faster_copier() const;
   bool host_can_copy() const { return host_copy_->works(); }
   // Where enqueue finds and puts experts.
   int32_t const* slot_of_expert() const { return copy_.tables.slot_of_expert; }
@@ -95,9 +95,9 @@ class DeviceFetch {
 
  private:
   CacheTables on_host() const;  // the copy in page-locked memory
-  FetchTables tables_of_call(Copier copier) const;
+  ExpertCopy head_of_call(Copier copier) const;
   CopySource list_sources(ExpertCache const& cache);
-  bool host_copies_faster() const;
+  double seconds_saved_by_host() const;
   Guess guess_by(NextLogits const& next, GuessTarget const* target) const;
 
   PolicySettings policy_;
@@ -105,11 +105,13 @@ class DeviceFetch {
   int device_;
   std::shared_ptr<DeviceMemory> memory_;  // of the tables
   DeviceMemory sources_, chunks_;
-  PinnedMemory staging_;
+  PinnedMemory staging_, recent_misses_;
   size_t shared_bytes_ = 0;
   std::unique_ptr<HostCopy> host_copy_;
   ExpertCopy copy_;
-  Copier faster_copier_ = Copier::kHost;
+  uint32_t head_blocks_ = 0;
+  FetchMode mode_;
+  double saved_ = 0;  // seconds that each miss takes the host less than kernels
   std::shared_ptr<GuessTarget const> target_;
   std::shared_ptr<NextLayer> next_ = std::make_shared<NextLayer>();
 };

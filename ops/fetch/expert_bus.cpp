@@ -8,6 +8,10 @@
 namespace moe_infer {
 namespace {
 
+// Of copies that are enqueued at once. Their flags rise together after them, so what came first waits for the last:
+// for less than it takes to compute with these bytes once they have come.
+constexpr uint64_t kBatchBytes = uint64_t{32} << 20U;
+
 // What is needed waits for what is on its way: kMostOnTheirWay pieces, of about 10 us each. Larger ones gained less.
 constexpr uint64_t kPieceBytes = uint64_t{512} << 10U;
 constexpr uint32_t kMostOnTheirWay = 2;
@@ -59,28 +63,40 @@ AheadCounters ExpertBus::counters(int64_t layer) const {
 void ExpertBus::bring(int64_t layer, FetchItem const* items, int32_t count, cudaStream_t stream) {
   std::lock_guard<std::mutex> const lock(mutex_);
   auto& own = layers_.at(layer);
+  batch_.clear();  // after a call that failed
+  flags_.clear();
   int32_t const guessed = find_guess(layer, items, count);
   // First what the bus waits for.
   if (guessed >= 0) copy_rest(*own.source, items[guessed]);
   int32_t const last = guessed == count - 1 ? count - 2 : count - 1;
   for (int32_t i = 0; i <= last; ++i) {
-    if (i != guessed) copy(*own.source, items[i], i == last);
+    if (i != guessed) copy(*own.source, items[i], i == 0 ? own.source->head_bytes : 0, i == last);
   }
   if (guessed >= 0) move(&own, items[guessed], stream);
 }
 
-// The flag rises in between only for the last expert: a rise holds the bus up for more than a microsecond, and while
+// Adds the expert's parts, without the first `from` bytes of the first one, to the batch, and ends a batch that is large
+// enough. In between flags rise only for the last expert: a rise holds the bus up for more than a microsecond, and while
 // another expert follows, nobody waits for the one before.
-void ExpertBus::copy(CopySource const& source, FetchItem const& item, bool is_last) {
+void ExpertBus::copy(CopySource const& source, FetchItem const& item, uint64_t from, bool is_last) {
   uint8_t* const slot = source.slot(item.slot);
   uint32_t* const flag = source.there + item.slot;
   for (size_t i = 0; i < source.parts.size(); ++i) {
     auto const& part = source.parts[i];
-    if (is_last && part.late && i > 0 && !source.parts[i - 1].late) flags_.write(copies_.get(), flag, kFirstThere);
-    MOE_CUDA_CHECK(cudaMemcpyAsync(slot + part.offset_in_slot, source.address(item.expert, i), part.bytes,
-                                   cudaMemcpyHostToDevice, copies_.get()));
+    if (is_last && part.late && i > 0 && !source.parts[i - 1].late) {
+      flags_.add(flag, kFirstThere);
+      end_batch();
+    }
+    uint64_t const skip = i == 0 ? from : 0;
+    batch_.add(slot + part.offset_in_slot + skip, source.address(item.expert, i) + skip, part.bytes - skip);
   }
-  flags_.write(copies_.get(), flag, kAllThere);
+  flags_.add(flag, kAllThere);
+  if (is_last || batch_.bytes() >= kBatchBytes) end_batch();
+}
+
+void ExpertBus::end_batch() {
+  batch_.enqueue(copies_.get());
+  flags_.write_added(copies_.get());
 }
 
 // --- The guess

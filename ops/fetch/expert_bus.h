@@ -23,6 +23,7 @@
 #include <mutex>
 
 #include "core/device_memory.h"
+#include "fetch/copy_batch.h"
 #include "fetch/copy_source.h"
 #include "fetch/fetch_tables.h"
 #include "fetch/flag_writer.h"
@@ -52,8 +53,9 @@ class ExpertBus {
   void leave(int64_t layer) noexcept;
   AheadCounters counters(int64_t layer) const;
 
-  // Enqueues the copies of what a layer needs now, each followed by the rise of the slot's flag. A guessed expert among
-  // them comes in part on `stream`, before the kernels of the call. Throws Error(MOE_INFER_CUDA).
+  // Enqueues the copies of what a layer needs now, followed by the rise of the slots' flags. The first of the items is
+  // there up to the source's head_bytes. A guessed expert among them comes in part on `stream`, before the kernels of
+  // the call. Throws Error(MOE_INFER_CUDA).
   void bring(int64_t layer, FetchItem const* items, int32_t count, cudaStream_t stream);
   // The layer may need this expert next. One that has left, or expert -1: there is no guess.
   void guess(int64_t layer, int32_t expert);
@@ -71,7 +73,8 @@ class ExpertBus {
     AheadCounters counters;
   };
 
-  void copy(CopySource const& source, FetchItem const& item, bool is_last);
+  void copy(CopySource const& source, FetchItem const& item, uint64_t from, bool is_last);
+  void end_batch();
   int32_t find_guess(int64_t layer, FetchItem const* items, int32_t count);
   void copy_rest(CopySource const& source, FetchItem const& item);
   void move(Layer* own, FetchItem const& item, cudaStream_t stream);
@@ -83,6 +86,7 @@ class ExpertBus {
   bool make_place(uint64_t bytes);
 
   FlagWriter flags_;
+  CopyBatch batch_;
   Stream copies_;
   Event arrived_;                // a moment of the copy stream
   Event moved_;                  // the last expert that was right has left the place

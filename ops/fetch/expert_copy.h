@@ -34,7 +34,7 @@ struct FetchSource {
 struct ExpertCopy {
   FetchSource source;
   FetchTables tables;
-  uint32_t blocks = 0;  // that share out the chunks; 0: kernels copy nothing
+  uint32_t blocks = 0;  // that copy; 0: kernels copy nothing
 };
 
 }  // namespace moe_infer

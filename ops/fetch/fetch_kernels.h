@@ -15,15 +15,16 @@ namespace moe_infer {
 
 // One block. Plans the call as plan_call of policy.h does, where no more experts are needed than there are slots:
 // brings the tables to the call's end, and lists the misses. `counts` (experts): rows of each. `overlap`:
-// core/launch.h.
+// core/launch.h. `head`: its tables are planned, and where it has blocks they copy the beginning of the first miss
+// (copy_head_in_block).
 void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, int32_t const* counts,
-                FetchTables const& tables, bool overlap, cudaStream_t stream);
+                ExpertCopy const& head, bool overlap, cudaStream_t stream);
 
 // For a single token with at most kMostPlannedChoices experts: select_experts (route.h) and plan_fetch in one kernel;
 // fills tables.slot_of_choice in, too. With a guess that is not empty it goes with the orders.
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, Guess const& guess, bool overlap, cudaStream_t stream);
+                           ExpertCopy const& head, Guess const& guess, bool overlap, cudaStream_t stream);
 
 // Copies what was planned (or, without blocks, waits until others have copied it), expert after expert, and raises its
 // slot's flag when one has come. The kernel after it may start as soon as this one has, and must not wait for it

@@ -20,6 +20,7 @@ struct FetchCounters {
   int64_t misses = 0;
   int64_t evictions = 0;
   int64_t stall_ns = 0;  // of calls before the last one
+  float recent_misses = 0;  // of a call, averaged; the last ones count most
 };
 
 // Values of a slot's flag; larger ones say the same as kAllThere.
@@ -46,6 +47,8 @@ struct CopyOrders {
 // In place of a slot's number while its expert is on its way.
 MOE_HOST_DEVICE inline int32_t pending(int32_t slot) { return ~slot; }
 constexpr int32_t kMostPlannedChoices = 64;
+// A write to the host takes a kernel more than a microsecond.
+constexpr uint64_t kPublishedCalls = 16;
 
 // Device arrays.
 struct FetchTables {
@@ -57,13 +60,16 @@ struct FetchTables {
   // The call.
   int32_t* item_count = nullptr;    // (1)
   FetchItem* items = nullptr;       // (slots)
+  uint32_t* listed = nullptr;       // (1) orders.wanted of the last call whose items stand
   uint64_t* chunks_done = nullptr;  // (slots): of item i, those that are needed late counted in the upper half
   Arrivals arrivals;
   uint64_t* planned = nullptr;        // (1) when the last call that misses something was planned; as last_wait
   int32_t* slot_of_choice = nullptr;  // (kMostPlannedChoices) of a single token; pending(slot) while on its way
   FetchCounters* counters = nullptr;  // (1)
   int64_t* uses = nullptr;            // (experts): calls that needed it
-  CopyOrders orders;                  // elsewhere
+  // Elsewhere.
+  CopyOrders orders;
+  float* recent_misses = nullptr;  // (1), page-locked: FetchCounters::recent_misses, of every kPublishedCalls-th call
 
   // The one place that sizes and slices this memory. `shared_bytes`: of the cache's tables.
   static size_t layout(int32_t experts, int32_t slots, uint8_t* base, FetchTables* tables, size_t* shared_bytes) {
@@ -78,6 +84,7 @@ struct FetchTables {
     *shared_bytes = slices.bytes();
     t.item_count = slices.take<int32_t>(1);
     t.items = slices.take<FetchItem>(s);
+    t.listed = slices.take<uint32_t>(1);
     t.chunks_done = slices.take<uint64_t>(s);
     t.arrivals.there = slices.take<uint32_t>(s);
     t.arrivals.last_wait = slices.take<uint64_t>(1);

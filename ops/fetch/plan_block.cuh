@@ -90,7 +90,8 @@ class BlockPlan {
     }
     if (misses > 0) place(misses);
     if (thread_ == 0) {
-      order(misses);
+      *tables_.item_count = misses;
+      if (tables_.orders.number != nullptr) order(misses);
       finish(shared_->needed_count, misses);
     }
   }
@@ -98,6 +99,7 @@ class BlockPlan {
  private:
   static constexpr int kLanes = 32;
   static constexpr unsigned kAllLanes = 0xffffffffU;
+  static constexpr float kNewest = 1.0F / 16;  // of a call, among those that recent_misses tells of
   static constexpr int kOwn = (kMaxExperts + kThreads - 1) / kThreads;  // experts of a thread, and slots
 
   // Chooses slots for what is missing, and says what has to be copied.
@@ -160,7 +162,7 @@ class BlockPlan {
   }
 
   __device__ void order(int32_t misses) {
-    if (tables_.orders.number == nullptr) return;
+    store_release(tables_.listed, tables_.orders.wanted);
     *tables_.orders.count = misses;
     *tables_.orders.guess = shared_->guess;
     __threadfence_system();
@@ -170,10 +172,11 @@ class BlockPlan {
 
   __device__ void finish(int32_t needed, int32_t misses) {
     *tables_.clock = clock_;
-    *tables_.item_count = misses;
     counters_.hits += needed - misses;
     counters_.misses += misses;
     counters_.evictions += shared_->evicted_count;
+    counters_.recent_misses += (static_cast<float>(misses) - counters_.recent_misses) * kNewest;
+    if (clock_ % kPublishedCalls == 0) *tables_.recent_misses = counters_.recent_misses;
     if (last_wait_ != 0) {
       counters_.stall_ns += static_cast<int64_t>(last_wait_ - planned_);
       *tables_.arrivals.last_wait = 0;

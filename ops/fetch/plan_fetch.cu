@@ -3,6 +3,7 @@
 #include "core/cuda_check.h"
 #include "core/grid_dependency.cuh"
 #include "core/launch.h"
+#include "fetch/copy_block.cuh"
 #include "fetch/fetch_kernels.h"
 #include "fetch/plan_block.cuh"
 #include "route/select_token.cuh"
@@ -12,11 +13,19 @@ namespace {
 
 constexpr int kThreads = 512;
 
+// The blocks after the one that plans.
+__device__ void copy_head(ExpertCopy const& head) {
+  wait_for_previous_kernel();
+  start_next_kernel();
+  copy_head_in_block<kThreads>(head, blockIdx.x - 1);
+}
+
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(PolicySettings const settings, int32_t const experts, int32_t const slots, int32_t const* counts,
-                FetchTables const tables) {
+                ExpertCopy const head) {
+  if (blockIdx.x > 0) return copy_head(head);
   __shared__ PlanShared shared;
-  BlockPlan<kThreads> plan(settings, experts, slots, tables, &shared);
+  BlockPlan<kThreads> plan(settings, experts, slots, head.tables, &shared);
   wait_for_previous_kernel();
   start_next_kernel();
   plan.begin();
@@ -50,7 +59,9 @@ template <int kItems>
 __global__ void __launch_bounds__(kThreads)
     select_and_plan_kernel(RouterParams const params, void const* __restrict__ scores, DataType dtype,
                            int32_t* expert_of_choice, float* weight_of_choice, PolicySettings const settings,
-                           int32_t const slots, FetchTables const tables, Guess const guess) {
+                           int32_t const slots, ExpertCopy const head, Guess const guess) {
+  if (blockIdx.x > 0) return copy_head(head);
+  auto const& tables = head.tables;
   __shared__ PlanShared shared;
   __shared__ int32_t chosen[kMostPlannedChoices];
   auto const thread = static_cast<int32_t>(threadIdx.x);
@@ -81,24 +92,26 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, int32_t const* counts,
-                FetchTables const& tables, bool overlap, cudaStream_t stream) {
+                ExpertCopy const& head, bool overlap, cudaStream_t stream) {
   LaunchShape shape;
+  shape.blocks = 1 + head.blocks;
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  launch(&plan_kernel, shape, settings, experts, slots, counts, tables);
+  launch(&plan_kernel, shape, settings, experts, slots, counts, head);
 }
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           FetchTables const& tables, Guess const& guess, bool overlap, cudaStream_t stream) {
+                           ExpertCopy const& head, Guess const& guess, bool overlap, cudaStream_t stream) {
   LaunchShape shape;
+  shape.blocks = 1 + head.blocks;
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
   with_select_items(std::max(params.experts, guess.router.experts), [&](auto items) {
     launch(&select_and_plan_kernel<decltype(items)::value>, shape, params, scores, scores_dtype,
-           routing.expert_of_choice, routing.weight_of_choice, settings, slots, tables, guess);
+           routing.expert_of_choice, routing.weight_of_choice, settings, slots, head, guess);
   });
 }
 

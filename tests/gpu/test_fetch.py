@@ -155,6 +155,28 @@ def test_a_cuda_graph_of_a_layer_that_streams(
         assert layer.stats().misses >= EXPERTS - 6
 
 
+def test_kernels_and_the_host_take_turns_as_misses_come_and_go(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts large enough that the ways to copy them are measured; while all are hits kernels do
+    it, and after some misses the host."""
+    monkeypatch.setenv("MOE_INFER_FETCH", "auto")
+    made = make_attributes(
+        folder, "Gated_SiLU", "softmax_topk", 16, 1024, 1024, 2, "bfloat16", centroids=False
+    )
+    x = make_input(1, 1024, "bfloat16")
+    rarely = [(0, 1), (2, 3)] * 30
+    often = [(e % 16, (e + 5) % 16) for e in range(60)]
+    with (
+        make_layer(made, 1024, "bfloat16", "float32") as whole,
+        make_layer({**made, "max_concurrency": 4}, 1024, "bfloat16", "float32") as layer,
+    ):
+        for i, chosen in enumerate(rarely + often + rarely + often):
+            logits = logits_for(chosen)
+            assert same_bits(run(layer, x, logits), run(whole, x, logits)), i
+        assert layer.stats().misses > 60
+
+
 @pytest.mark.parametrize("mode", ["device", "host"])
 def test_larger_experts_arrive_whole(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
