@@ -21,7 +21,7 @@ SOURCES = [
     *OURS,
     *(
         f"ops/core/{name}.cpp"
-        for name in ("expert_cache", "host_ring", "policy_settings", "use_history")
+        for name in ("copy_batch", "expert_cache", "host_ring", "policy_settings", "use_history")
     ),
     "tests/native/fake_cuda.cpp",
     "tests/native/cache_order.cpp",

@@ -222,9 +222,11 @@ void ExpertCache::fetch(int32_t expert, int32_t slot) {
     used_[static_cast<size_t>(slot)].order_before(copy_stream_.get());
     if (store_->is_pinned(expert)) {
       list_transfers(expert, kUnlimited, staging_bytes_);
+      batch_.clear();  // after a fetch that failed
       for (auto const& transfer : transfers_) {
         send(transfer, transfer.source(), destination);
       }
+      batch_.enqueue(copy_stream_.get());
     } else {
       list_transfers(expert, HostRing::kChunkBytes, std::min(staging_bytes_, HostRing::kChunkBytes));
       send_pageable(destination);
@@ -262,8 +264,7 @@ void ExpertCache::send(Transfer const& transfer, void const* source, uint8_t* sl
   cudaStream_t const copies = copy_stream_.get();
   if (transfer.direct) {
     auto const element = piece.first_row * piece.columns + transfer.first;
-    MOE_CUDA_CHECK(cudaMemcpyAsync(tensor + static_cast<uint64_t>(element) * size_of(dtype_), source, transfer.bytes(),
-                                   cudaMemcpyHostToDevice, copies));
+    batch_.add(tensor + static_cast<uint64_t>(element) * size_of(dtype_), source, transfer.bytes());
   } else {
     size_t const half = staging_turn_++ % 2;
     uint8_t* const staging = staging_.bytes() + half * staging_bytes_;
@@ -291,6 +292,7 @@ void ExpertCache::send_pageable(uint8_t* slot) {
         });
       }
       send(transfers_[i], session.take(), slot);
+      batch_.enqueue(copy_stream_.get());
       session.release(copy_stream_.get());
     }
   } catch (...) {

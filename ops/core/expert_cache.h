@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "core/copy_batch.h"
 #include "core/device_memory.h"
 #include "core/expert_store.h"
 #include "core/expert_use.h"
@@ -133,6 +134,7 @@ class ExpertCache {
   DeviceMemory memory_, numbers_, staging_;
   uint64_t staging_bytes_ = 0;  // of each half
   Stream copy_stream_, pack_stream_;
+  CopyBatch batch_;                // of what the copy stream gets next
   Event copied_;                   // the last copy that was enqueued
   Event taken_;                    // what was enqueued before set_tables
   Event staged_[2], unstaged_[2];  // half of the staging buffer is full, is read

@@ -119,7 +119,7 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams 
   if (mode == FetchMode::kAuto) saved_ = seconds_saved_by_host();
   *recent_misses_.as<float>() = kMissesExpected;
   copy_.tables.recent_misses = recent_misses_.as<float>();  // page-locked memory has one address
-  MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));  // what measuring left
+  MOE_CUDA_CHECK(cudaMemset(memory_->bytes(), 0, bytes));   // what measuring left
   staging_ = allocate_pinned(shared_bytes_);
   target_ = std::make_shared<GuessTarget const>(
       GuessTarget{host_copy_->id(), device_, router, copy_.tables.slot_of_expert, std::move(router_bias), memory_});

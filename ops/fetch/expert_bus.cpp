@@ -75,9 +75,9 @@ void ExpertBus::bring(int64_t layer, FetchItem const* items, int32_t count, cuda
   if (guessed >= 0) move(&own, items[guessed], stream);
 }
 
-// Adds the expert's parts, without the first `from` bytes of the first one, to the batch, and ends a batch that is large
-// enough. In between flags rise only for the last expert: a rise holds the bus up for more than a microsecond, and while
-// another expert follows, nobody waits for the one before.
+// Adds the expert's parts, without the first `from` bytes of the first one, to the batch, and ends a batch that is
+// large enough. In between flags rise only for the last expert: a rise holds the bus up for more than a microsecond,
+// and while another expert follows, nobody waits for the one before.
 void ExpertBus::copy(CopySource const& source, FetchItem const& item, uint64_t from, bool is_last) {
   uint8_t* const slot = source.slot(item.slot);
   uint32_t* const flag = source.there + item.slot;

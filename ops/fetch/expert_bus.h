@@ -22,8 +22,8 @@
 #include <memory>
 #include <mutex>
 
+#include "core/copy_batch.h"
 #include "core/device_memory.h"
-#include "fetch/copy_batch.h"
 #include "fetch/copy_source.h"
 #include "fetch/fetch_tables.h"
 #include "fetch/flag_writer.h"

@@ -19,7 +19,7 @@ struct FetchCounters {
   int64_t hits = 0;
   int64_t misses = 0;
   int64_t evictions = 0;
-  int64_t stall_ns = 0;  // of calls before the last one
+  int64_t stall_ns = 0;     // of calls before the last one
   float recent_misses = 0;  // of a call, averaged; the last ones count most
 };
 

@@ -4,6 +4,9 @@
 // told.
 #include "fake_cuda.h"
 
+#include <cuda.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -93,6 +96,20 @@ FakeStream* stream_of(cudaStream_t stream) {
 FakeEvent* event_of(cudaEvent_t event) { return reinterpret_cast<FakeEvent*>(event); }
 
 using Lock = std::lock_guard<std::recursive_mutex>;
+
+// The driver's cuMemcpyBatchAsync: in any order.
+CUresult copy_batch(CUdeviceptr* destinations, CUdeviceptr* sources, size_t* sizes, size_t count, CUmemcpyAttributes*,
+                    size_t*, size_t, size_t*, CUstream stream) {
+  Lock const lock(runtime().mutex);
+  std::vector<size_t> order(count);
+  for (size_t i = 0; i < count; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), runtime().random);
+  for (size_t const i : order) {
+    cudaMemcpyAsync(reinterpret_cast<void*>(destinations[i]), reinterpret_cast<void*>(sources[i]), sizes[i],
+                    cudaMemcpyHostToDevice, stream);
+  }
+  return CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -204,6 +221,14 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 cudaError_t cudaMemcpyAsync(void* to, void const* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   fake_cuda::note("copy");
   fake_cuda::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(char const* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  bool const is_known = std::strcmp(name, "cuMemcpyBatchAsync") == 0;
+  if (is_known) *function = reinterpret_cast<void*>(&copy_batch);
+  *result = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-#include "fetch/copy_batch.h"
+#include "core/copy_batch.h"
 
 #include "core/cuda_check.h"
 
@@ -15,8 +15,8 @@ using CopyAll = CUresult (*)(CUdeviceptr* destinations, CUdeviceptr* sources, si
 
 CopyBatch::CopyBatch() {
   cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  MOE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuMemcpyBatchAsync", &copy_, kCuda12Point8, cudaEnableDefault,
-                                                  &result));
+  MOE_CUDA_CHECK(
+      cudaGetDriverEntryPointByVersion("cuMemcpyBatchAsync", &copy_, kCuda12Point8, cudaEnableDefault, &result));
   if (result != cudaDriverEntryPointSuccess) copy_ = nullptr;
 }
 
