@@ -9,11 +9,6 @@
 
 namespace moe_infer::simt {
 
-// Many rows an expert: 128 x 128; 128 registers hold what a thread needs. Few: 32 x 128, more of which fit, for more
-// weights on their way; registers are plenty.
-using Wide = Tile<4, 2, 8, 2, 2, 1>;
-using Narrow = Tile<1, 2, 8, 4, 4, kUnits>;
-
 template <class T, bool kAligned, class TileT>
 __global__ void __launch_bounds__(TileT::kThreads, kAligned ? TileT::kBlocks : 1) kernel(GroupedGemm const gemm) {
   extern __shared__ float4 shared[];
