@@ -83,7 +83,7 @@ Run = Callable[..., Floats]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     if not (CUDA / "cuda_fp16.h").is_file():
@@ -99,7 +99,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    function = ctypes.CDLL(str(path)).run_product
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def run(library: ctypes.CDLL) -> Run:
+    function = library.run_product
     function.restype = None
 
     def run(product: Product, stride: int = 0, **way: int) -> Floats:
@@ -296,3 +301,28 @@ def test_one_group_of_many_gives_the_same_bits(run: Run, narrow: int) -> None:
         at = slice(begin, begin + rows)
         assert found[at].tobytes() == together[at].tobytes()
         assert int(np.isfinite(found).all(axis=1).sum()) == rows
+
+
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_a_warp_reads_and_writes_each_bank_once(library: ctypes.CDLL, narrow: int) -> None:
+    """Shared memory has 8 units of 16 bytes in its width; equal places are read as one."""
+    counts = (32, 32, 2)
+    lists = [np.zeros((256, count), np.int32) for count in counts]
+    threads = 1
+    for thread in range(256):
+        threads = library.shared_places(narrow, thread, *(pointer(one[thread]) for one in lists))
+        if thread + 1 == threads:
+            break
+    rows, columns, loaded = (one[:threads] for one in lists)
+    for warp in range(0, threads, 32):
+        for at in range(32):
+            for places in (rows, columns):  # 4 rows, 8 columns
+                wanted = set(places[warp : warp + 32, at].tolist())
+                assert len({place % 8 for place in wanted}) == len(wanted) <= 8
+        for quarter in range(warp, warp + 32, 8):  # of a warp, whose 16 bytes a lane are 4 widths
+            for at in range(2):
+                assert len({place % 8 for place in loaded[quarter : quarter + 8, at].tolist()}) == 8
+    # All of a stage's lines are read, and by no more threads than share a row or a column.
+    tile_rows = 32 if narrow else 128
+    assert sorted(set(rows.ravel().tolist())) == list(range(tile_rows * 4))
+    assert sorted(set(columns.ravel().tolist())) == list(range(128 * 4))

@@ -96,7 +96,7 @@ __device__ inline void multiply_tile(GroupedGemm const& gemm, Place const& place
     weight_loader.load(to + TileT::kRows * kUnits, gemm.k, left);
   };
 
-  int const steps = (k + kDepth - 1) / kDepth;
+  int const steps = (k - 1) / kDepth + 1;
   int loaded = 0;
   for (; loaded < TileT::kStages - 1; ++loaded) {
     if (loaded < steps) load(loaded, loaded);

@@ -76,6 +76,17 @@ __device__ inline int place_of(int line, int unit) {
   return pair * 2 * kUnits + ((line % 2 * kUnits + unit) ^ (pair & kMask));
 }
 
+// In a thread's row or column i of a tile (0, 1, ...), the place of a unit, from that of its first row's or column's
+// first unit.
+template <class TileT>
+__device__ inline int place_in_row(int place, int i, int unit) {
+  return (place ^ unit) + i * TileT::kRowStep * kUnits;
+}
+template <class TileT>
+__device__ inline int place_in_column(int place, int i, int unit) {
+  return (place ^ unit ^ (i % 2 * kUnits)) + i / 2 * TileT::kPairStep * kUnits;
+}
+
 // The `count` elements at `source`, at most a unit of them, and zeros; nothing is read where it is 0 or less.
 // kAligned: the count is that of a unit, or 0 or less.
 template <class T, bool kAligned>
@@ -138,10 +149,10 @@ __device__ inline void multiply_stage(float4 const* stage, int row_place, int co
   for (int unit = 0; unit < kUnits; ++unit) {
     float4 a[kActive];
 #pragma unroll
-    for (int i = 0; i < kActive; ++i) a[i] = stage[(row_place ^ unit) + i * TileT::kRowStep * kUnits];
+    for (int i = 0; i < kActive; ++i) a[i] = stage[place_in_row<TileT>(row_place, i, unit)];
 #pragma unroll
     for (int j = 0; j < TileT::kThreadColumns; ++j) {
-      float4 const b = columns[(column_place ^ unit ^ (j % 2 * kUnits)) + j / 2 * TileT::kPairStep * kUnits];
+      float4 const b = columns[place_in_column<TileT>(column_place, j, unit)];
 #pragma unroll
       for (int i = 0; i < kActive; ++i) sums[i][j] = fmaf(a[i].x, b.x, sums[i][j]);
 #pragma unroll

@@ -186,3 +186,34 @@ extern "C" void run_product(Sizes const* sizes, Way const* way, int32_t const* r
     run_tile<float, false>(gemm, narrow, way->blocks, backwards);
   }
 }
+
+namespace {
+
+template <class TileT>
+void places(int thread, int32_t* rows, int32_t* columns, int32_t* loaded) {
+  using namespace moe_infer::simt;
+  for (int unit = 0; unit < kUnits; ++unit) {
+    for (int i = 0; i < kThreadRows; ++i) {
+      *rows++ = place_in_row<TileT>(place_of<kRowMask>(TileT::row_of(thread), 0), i, unit);
+    }
+    for (int i = 0; i < TileT::kThreadColumns; ++i) {
+      *columns++ = place_in_column<TileT>(place_of<kColumnMask>(TileT::column_of(thread), 0), i, unit);
+    }
+  }
+  loaded[0] = place_of<kRowMask>(thread / kUnits, thread % kUnits);
+  loaded[1] = place_of<kColumnMask>(thread / kUnits, thread % kUnits);
+}
+
+}  // namespace
+
+// What a thread reads of the rows (32) and of the columns (32) of a stage, and what it writes first of either (2); in
+// units of 16 bytes. Returns the threads of a block.
+extern "C" int32_t shared_places(int32_t narrow, int32_t thread, int32_t* rows, int32_t* columns, int32_t* loaded) {
+  using namespace moe_infer::simt;
+  if (narrow != 0) {
+    places<Narrow>(thread, rows, columns, loaded);
+    return Narrow::kThreads;
+  }
+  places<Wide>(thread, rows, columns, loaded);
+  return Wide::kThreads;
+}
