@@ -206,8 +206,8 @@ void places(int thread, int32_t* rows, int32_t* columns, int32_t* loaded) {
 
 }  // namespace
 
-// What a thread reads of the rows (32) and of the columns (32) of a stage, and what it writes first of either (2); in
-// units of 16 bytes. Returns the threads of a block.
+// What a thread reads of the rows (at most 64) and of the columns (64) of a stage, and what it writes first of either
+// (2); in units of 16 bytes. Returns the threads of a block.
 extern "C" int32_t shared_places(int32_t narrow, int32_t thread, int32_t* rows, int32_t* columns, int32_t* loaded) {
   using namespace moe_infer::simt;
   if (narrow != 0) {
