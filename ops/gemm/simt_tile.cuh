@@ -60,10 +60,10 @@ struct Tile {
   }
 };
 
-// Many rows an expert: 128 x 128; 128 registers hold what a thread needs. Few: 32 x 128, more of which fit, for more
-// weights on their way; registers are plenty.
-using Wide = Tile<4, 2, 8, 2, 2, 1>;
-using Narrow = Tile<1, 2, 8, 4, 4, kUnits>;
+// Many rows an expert: 128 x 128; with 8 x 16 sums a thread reads a fourth less of shared memory than with 8 x 8, which
+// outweighs half the threads. Few: 32 x 128, more of which fit, for more weights on their way, and more threads.
+using Wide = Tile<4, 1, 16, 2, 2, 1>;
+using Narrow = Tile<1, 4, 4, 4, 4, kUnits>;
 
 // As many places as lines that a warp reads together: four rows, of which two share 128 bytes, and eight pairs of
 // columns.
