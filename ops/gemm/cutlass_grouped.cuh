@@ -41,12 +41,12 @@ int resident_blocks() {
   return resident;
 }
 
-// `weight_stride`: elements from a row of the weights to the next, at least gemm.k. Products one after the other on a
-// stream may share the arrays: neither the kernel nor the one that fills them starts before what is ahead has ended.
+// Products one after the other on a stream may share the arrays: neither the kernel nor the one that fills them starts
+// before what is ahead has ended.
 template <class Kernel>
-void launch_grouped(GroupedGemm const& gemm, int64_t weight_stride, GroupArrays const& arrays,
+void launch_grouped(GroupedGemm const& gemm, GroupArrays const& arrays,
                     typename Kernel::EpilogueOutputOp::Params const& output_op) {
-  fill_group_arrays(gemm, weight_stride, arrays);
+  fill_group_arrays(gemm, arrays);
   using Tile = typename Kernel::ThreadblockShape;
   // No more blocks than there can be tiles: each group with rows has at most one tile of rows that is not full.
   int64_t const row_tiles = gemm.rows / Tile::kM + std::min<int64_t>(gemm.groups.count, gemm.rows);
@@ -85,9 +85,9 @@ struct TensorCoreGemm {
 
   static void run(GroupedGemm const& gemm, GroupArrays const& arrays) {
     if (gemm.activation.gated) {
-      launch_grouped<Gated>(gemm, gemm.k, arrays, {gemm.activation});
+      launch_grouped<Gated>(gemm, arrays, {gemm.activation});
     } else {
-      launch_grouped<Plain>(gemm, gemm.k, arrays, {gemm.activation, has_source(gemm)});
+      launch_grouped<Plain>(gemm, arrays, {gemm.activation, has_source(gemm)});
     }
   }
 };

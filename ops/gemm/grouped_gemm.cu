@@ -20,7 +20,7 @@ constexpr int64_t kNarrowRows = 32;
 
 bool is_narrow(GroupedGemm const& gemm) { return gemm.rows <= kNarrowRows * gemm.expert_count; }
 
-// What tensor-core kernels ask for: every row of every operand begins at 16 bytes.
+// What all kernels but the slow ones ask for: every row of every operand begins at 16 bytes.
 bool is_vectorizable(GroupedGemm const& gemm) {
   int64_t const unit = 16 / static_cast<int64_t>(size_of(gemm.dtype));
   return gemm.n % unit == 0 && gemm.k % unit == 0 && gemm.input_stride % unit == 0 && is_aligned(gemm.input) &&
@@ -96,7 +96,7 @@ size_t GroupArrays::layout(int32_t groups, uint8_t* base, GroupArrays* arrays) {
 
 size_t grouped_gemm_workspace(int32_t groups) { return GroupArrays::layout(groups, nullptr, nullptr); }
 
-void fill_group_arrays(GroupedGemm const& gemm, int64_t weight_stride, GroupArrays const& arrays) {
+void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
   auto const element = static_cast<int64_t>(size_of(gemm.dtype));
   int64_t const columns = gemm.activation.gated ? gemm.n / 2 : gemm.n;
   // With a gated activation the kernel stores n units of half an element a row (see gated_epilogue.cuh): a stride of n
@@ -105,8 +105,8 @@ void fill_group_arrays(GroupedGemm const& gemm, int64_t weight_stride, GroupArra
   fill_kernel<<<blocks, kThreads, 0, gemm.stream>>>(
       gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,
       static_cast<uint8_t*>(const_cast<void*>(gemm.source)), static_cast<uint8_t*>(gemm.output), columns * element,
-      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, weight_stride, gemm.n,
-      gemm.weight_offset, gemm.has_bias, gemm.bias_offset, arrays);
+      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.k, gemm.n, gemm.weight_offset,
+      gemm.has_bias, gemm.bias_offset, arrays);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -114,19 +114,19 @@ void grouped_gemm(GroupedGemm const& gemm) {
   if (gemm.rows == 0 || gemm.groups.count == 0) return;
   check_sizes(gemm);
   check_source(gemm);
-  if (gemm.dtype != DataType::kFloat32 && !is_vectorizable(gemm)) return run_unaligned(gemm);
+  bool const narrow = is_narrow(gemm);
+  bool const vectorizable = is_vectorizable(gemm);
+  if (gemm.dtype == DataType::kFloat32) return run_float32(gemm, narrow, vectorizable);
+  if (!vectorizable) return run_unaligned(gemm, narrow);
   if (hopper::can_run(gemm)) return hopper::run(gemm);
   // In gated_epilogue.cuh an access of the source has half the bytes that a bias has.
-  if (gemm.dtype != DataType::kFloat32 && gemm.activation.gated && gemm.has_bias) return run_unaligned(gemm);
+  if (gemm.activation.gated && gemm.has_bias) return run_unaligned(gemm, narrow);
   GroupArrays arrays;
   GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
-  switch (gemm.dtype) {
-    case DataType::kFloat32:
-      return run_float32(gemm, arrays);
-    case DataType::kFloat16:
-      return is_narrow(gemm) ? run_float16_narrow(gemm, arrays) : run_float16_wide(gemm, arrays);
-    case DataType::kBFloat16:
-      return is_narrow(gemm) ? run_bfloat16_narrow(gemm, arrays) : run_bfloat16_wide(gemm, arrays);
+  if (gemm.dtype == DataType::kFloat16) {
+    narrow ? run_float16_narrow(gemm, arrays) : run_float16_wide(gemm, arrays);
+  } else {
+    narrow ? run_bfloat16_narrow(gemm, arrays) : run_bfloat16_wide(gemm, arrays);
   }
 }
 

@@ -4,11 +4,11 @@
 //   of g
 //
 // with a bias or a source or neither, and an activation or none.
-// Sums are in float32; those of float32 products are taken in slices of k (float32.cu). How many rows a group has is
-// known to the device alone; groups without rows cost nothing. Which kernel runs depends on what the host knows of the
-// whole call (rows, expert_count, n, k, type, alignment), and a tile's result on its group alone: so it does not matter
-// which experts share a call, and resident and streaming results agree in every bit. docs/kernels.md says which kernel
-// runs when.
+// Sums are in float32; those of float32 products are taken in slices of k (simt_kernel.cuh). How many rows a group has
+// is known to the device alone; groups without rows cost nothing. Which kernel runs depends on what the host knows of
+// the whole call (rows, expert_count, n, k, type, alignment), and a tile's result on its group alone: so it does not
+// matter which experts share a call, and resident and streaming results agree in every bit. docs/kernels.md says which
+// kernel runs when.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -47,10 +47,6 @@ struct GroupedGemm {
 
 // Bytes of workspace for up to `groups` groups.
 size_t grouped_gemm_workspace(int32_t groups);
-
-// True when grouped_gemm applies gated activations for this type itself. For float32 the caller does, after a product
-// without an activation.
-constexpr bool fuses_gate(DataType dtype) { return dtype != DataType::kFloat32; }
 
 // Enqueues the products. Neither synchronises nor allocates. Throws Error(MOE_INFER_INVALID) when a size is beyond what
 // the kernels count in 32 bits.

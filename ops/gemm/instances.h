@@ -26,17 +26,17 @@ struct GroupArrays {
   static size_t layout(int32_t groups, uint8_t* base, GroupArrays* arrays);
 };
 
-// Fills the arrays from the groups. `weight_stride`: elements from a row of W to the next.
-void fill_group_arrays(GroupedGemm const& gemm, int64_t weight_stride, GroupArrays const& arrays);
+// Fills the arrays from the groups.
+void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays);
 
 // Tensor cores, 16-byte aligned operands. Wide: many rows an expert; narrow: few.
 void run_float16_wide(GroupedGemm const& gemm, GroupArrays const& arrays);
 void run_float16_narrow(GroupedGemm const& gemm, GroupArrays const& arrays);
 void run_bfloat16_wide(GroupedGemm const& gemm, GroupArrays const& arrays);
 void run_bfloat16_narrow(GroupedGemm const& gemm, GroupArrays const& arrays);
-// FP32 units (no TF32), any size and alignment.
-void run_float32(GroupedGemm const& gemm, GroupArrays const& arrays);
+// FP32 units (no TF32), any size and alignment; `aligned`: every row of every operand begins at 16 bytes.
+void run_float32(GroupedGemm const& gemm, bool narrow, bool aligned);
 // 16-bit types, any size and alignment, biased gates too; not fast.
-void run_unaligned(GroupedGemm const& gemm);
+void run_unaligned(GroupedGemm const& gemm, bool narrow);
 
 }  // namespace moe_infer

@@ -5,7 +5,6 @@
 
 #include "core/error.h"
 #include "core/slices.h"
-#include "sublayers/row_kernels.h"
 #include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {
@@ -42,14 +41,8 @@ void FeedForward::check(SubLayerShape const& shape) {
   }
 }
 
-// Columns of the intermediate rows. A gated activation that the first product does not apply takes place in its float32
-// output and leaves half of each row unused.
-int64_t FeedForward::inner_columns() const {
-  return activation.gated && !fuses_gate(shape.dtype) ? 2 * shape.hidden_size : shape.hidden_size;
-}
-
 size_t FeedForward::inner_bytes(int64_t rows) const {
-  return aligned_size(static_cast<size_t>(rows) * static_cast<size_t>(inner_columns()) * size_of(shape.dtype));
+  return aligned_size(static_cast<size_t>(rows) * static_cast<size_t>(shape.hidden_size) * size_of(shape.dtype));
 }
 
 size_t FeedForward::workspace_bytes(int64_t rows, int32_t groups) const {
@@ -57,7 +50,6 @@ size_t FeedForward::workspace_bytes(int64_t rows, int32_t groups) const {
 }
 
 void FeedForward::run(SubLayerCall const& call, void const* input, void const* residual, uint8_t* workspace) const {
-  bool const gate_after = activation.gated && !fuses_gate(shape.dtype);
   GroupedGemm gemm;
   gemm.dtype = shape.dtype;
   gemm.groups = call.groups;
@@ -76,9 +68,8 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   gemm.input = input;
   gemm.input_stride = shape.d_model;
   gemm.output = workspace;
-  gemm.activation = gate_after ? Activation::none() : activation;
+  gemm.activation = activation;
   grouped_gemm(gemm);
-  if (gate_after) gate_rows_in_place(call, shape.hidden_size, activation, reinterpret_cast<float*>(workspace));
 
   if (call.counters != nullptr) gemm.counters = call.counters + 2;
   gemm.after_fetch = false;
@@ -87,7 +78,7 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   gemm.weight_offset = offsets.down;
   set_bias(&gemm, offsets.down_bias);
   gemm.input = workspace;
-  gemm.input_stride = inner_columns();
+  gemm.input_stride = shape.hidden_size;
   gemm.source = residual;
   gemm.output = call.output;
   gemm.activation = Activation::none();

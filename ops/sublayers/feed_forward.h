@@ -44,7 +44,6 @@ struct FeedForward {
   void run_token_expert(SubLayerCall const& call) const;
 
  private:
-  int64_t inner_columns() const;
   size_t inner_bytes(int64_t rows) const;
 };
 

@@ -57,26 +57,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A block reads a stretch of kThreads pairs, waits, and writes its results over the stretch half as far into the row:
-// values there were read before, in this round or an earlier one.
-__global__ void __launch_bounds__(kThreads)
-    gate_rows_kernel(ExpertGroups groups, int64_t hidden_size, Activation activation, float* __restrict__ values) {
-  for (int64_t row = first_row(groups) + blockIdx.x; row < end_row(groups); row += gridDim.x) {
-    if (group_of_row(groups, row) < 0) continue;  // the same for the whole block
-    float* const x = values + row * 2 * hidden_size;
-    for (int64_t first = 0; first < hidden_size; first += kThreads) {
-      int64_t const j = first + threadIdx.x;
-      float gated = 0.0F;
-      if (j < hidden_size) {
-        float2 const pair = *reinterpret_cast<float2 const*>(x + 2 * j);
-        gated = apply_gated(activation, pair.x, pair.y);
-      }
-      __syncthreads();
-      if (j < hidden_size) x[j] = gated;
-    }
-  }
-}
-
 unsigned blocks_for(SubLayerCall const& call) { return static_cast<unsigned>(std::min(kMostBlocks, call.rows)); }
 
 }  // namespace
@@ -91,11 +71,6 @@ void rms_norm_rows(SubLayerCall const& call, DataType dtype, int64_t d_model, ui
     kernel<<<blocks_for(call), kThreads, 0, call.stream>>>(call.groups, static_cast<T const*>(call.input),
                                                            weight_offset, d_model, static_cast<T*>(output));
   });
-  MOE_CUDA_CHECK(cudaGetLastError());
-}
-
-void gate_rows_in_place(SubLayerCall const& call, int64_t hidden_size, Activation activation, float* values) {
-  gate_rows_kernel<<<blocks_for(call), kThreads, 0, call.stream>>>(call.groups, hidden_size, activation, values);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "core/data_type.h"
-#include "gemm/activation.cuh"
 #include "sublayers/sub_layer.h"
 
 namespace moe_infer {
@@ -14,9 +13,5 @@ namespace moe_infer {
 // output row = weight * input row / sqrt(mean(square) + 1e-6), with the weight (d_model) of the row's expert at
 // `weight_offset` in its slot. Arithmetic in float32, rounded once.
 void rms_norm_rows(SubLayerCall const& call, DataType dtype, int64_t d_model, uint64_t weight_offset, void* output);
-
-// In each row of 2 * hidden_size values, gate and up alternating: row[j] = act(row[2j]) * row[2j + 1] for all j. The
-// second half of the row is left over: the rows keep their stride.
-void gate_rows_in_place(SubLayerCall const& call, int64_t hidden_size, Activation activation, float* values);
 
 }  // namespace moe_infer
