@@ -90,12 +90,18 @@ __global__ void __launch_bounds__(kThreads)
   int32_t kept[kKept];
 #pragma unroll
   for (int k = 0; k < kKept; ++k) kept[k] = expert_at(own.begin + k * kLanes + lane);
+  // The warp's choices, one a lane: work(number, expert).
+  auto const for_own_choices = [&](auto const& work) {
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) {
-    if (kept[k] < c.experts) atomicAdd(&own_next[kept[k]], 1);
-  }
-  int32_t const first_not_kept = own.begin + kKept * kLanes;
-  for (int32_t i = first_not_kept + lane; i < own.end; i += kLanes) atomicAdd(&own_next[c.expert_of_choice[i]], 1);
+    for (int k = 0; k < kKept; ++k) {
+      int32_t const first = own.begin + k * kLanes;
+      if (first < own.end) work(first + lane, kept[k]);
+    }
+    for (int32_t i = own.begin + kKept * kLanes + lane; i - lane < own.end; i += kLanes) work(i, expert_at(i));
+  };
+  for_own_choices([&](int32_t, int32_t e) {
+    if (e < c.experts) atomicAdd(&own_next[e], 1);
+  });
   __syncthreads();
 
   // A thread's experts are consecutive, as the scan wants them.
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  auto const place = [&](int32_t i, int32_t e) {
+  for_own_choices([&](int32_t i, int32_t e) {
     bool const there = i < own.end;
     unsigned const peers = __match_any_sync(kAll, e);
     int32_t const rank = __popc(peers & ((1U << lane) - 1U));
@@ -149,13 +155,7 @@ __global__ void __launch_bounds__(kThreads)
       row_of_choice[i] = row;
     }
     __syncwarp();
-  };
-#pragma unroll
-  for (int k = 0; k < kKept; ++k) {
-    int32_t const first = own.begin + k * kLanes;
-    if (first < own.end) place(first + lane, kept[k]);
-  }
-  for (int32_t first = first_not_kept; first < own.end; first += kLanes) place(first + lane, expert_at(first + lane));
+  });
 }
 
 struct Blocks {
