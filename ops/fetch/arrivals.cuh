@@ -13,13 +13,13 @@ __device__ inline uint64_t nanoseconds() {
   return time;
 }
 
-// All threads of a block, after they have written a chunk: one of `late` chunks that are needed late, or of `first`
-// others. The block that writes the last one of either kind raises the flag.
+// All threads of a warp, after they have written a chunk: one of `late` chunks that are needed late, or of `first`
+// others. The warp that writes the last one of either kind raises the flag.
 __device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32_t first, uint32_t late,
                                      uint32_t* there) {
   __threadfence();  // each thread's own writes
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
   __threadfence();
   constexpr uint64_t kOneLate = uint64_t{1} << 32U;
   uint64_t const one = is_late ? kOneLate : 1;
@@ -29,7 +29,7 @@ __device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32
   uint32_t const flag = all_first && all_late ? kAllThere : all_first && !is_late ? kFirstThere : kNotThere;
   if (flag == kNotThere) return;
   __threadfence();
-  // Of two blocks the one that raises it higher may come first.
+  // Of two warps the one that raises it higher may come first.
   atomicMax(there, flag);
 }
 

@@ -109,7 +109,7 @@ class DeviceFetch {
   size_t shared_bytes_ = 0;
   std::unique_ptr<HostCopy> host_copy_;
   ExpertCopy copy_;
-  uint32_t head_blocks_ = 0;
+  uint32_t head_chunks_ = 0;
   FetchMode mode_;
   double saved_ = 0;  // seconds that each miss takes the host less than kernels
   std::shared_ptr<GuessTarget const> target_;

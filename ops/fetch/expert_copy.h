@@ -7,11 +7,10 @@
 
 namespace moe_infer {
 
-// Of every chunk but the last of each tensor: what a block of 256 threads has in flight at once (copy_block.cuh),
-// twice.
-constexpr uint64_t kChunkBytes = uint64_t{64} << 10U;
+// Of every chunk but the last of each tensor: four times what a warp has in flight (copy_block.cuh).
+constexpr uint64_t kChunkBytes = uint64_t{16} << 10U;
 
-// A part of an expert that a block copies at once.
+// A part of an expert that a warp copies.
 struct FetchChunk {
   int32_t tensor;
   uint32_t bytes;
@@ -34,7 +33,8 @@ struct FetchSource {
 struct ExpertCopy {
   FetchSource source;
   FetchTables tables;
-  uint32_t blocks = 0;  // that copy; 0: kernels copy nothing
+  uint32_t blocks = 0;       // that copy; 0: kernels copy nothing
+  uint32_t head_chunks = 0;  // for copy_head_in_block
 };
 
 }  // namespace moe_infer

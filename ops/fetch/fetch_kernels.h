@@ -15,7 +15,7 @@ namespace moe_infer {
 
 // One block. Plans the call as plan_call of policy.h does, where no more experts are needed than there are slots:
 // brings the tables to the call's end, and lists the misses. `counts` (experts): rows of each. `overlap`:
-// core/launch.h. `head`: its tables are planned, and where it has blocks they copy the beginning of the first miss
+// core/launch.h. `head`: its tables are planned, and where it has head_chunks they are copied
 // (copy_head_in_block).
 void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, int32_t const* counts,
                 ExpertCopy const& head, bool overlap, cudaStream_t stream);

@@ -20,6 +20,11 @@ __device__ void copy_head(ExpertCopy const& head) {
   copy_head_in_block<kThreads>(head, blockIdx.x - 1);
 }
 
+unsigned blocks_of(ExpertCopy const& head) {
+  constexpr unsigned kWarps = kThreads / kCopyLanes;
+  return 1 + (head.head_chunks + kWarps - 1) / kWarps;
+}
+
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(PolicySettings const settings, int32_t const experts, int32_t const slots, int32_t const* counts,
                 ExpertCopy const head) {
@@ -94,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
 void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, int32_t const* counts,
                 ExpertCopy const& head, bool overlap, cudaStream_t stream) {
   LaunchShape shape;
-  shape.blocks = 1 + head.blocks;
+  shape.blocks = blocks_of(head);
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
@@ -105,7 +110,7 @@ void select_and_plan_fetch(RouterParams const& params, void const* scores, DataT
                            Routing const& routing, PolicySettings const& settings, int32_t slots,
                            ExpertCopy const& head, Guess const& guess, bool overlap, cudaStream_t stream) {
   LaunchShape shape;
-  shape.blocks = 1 + head.blocks;
+  shape.blocks = blocks_of(head);
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
