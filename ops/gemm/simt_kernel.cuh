@@ -89,11 +89,16 @@ __device__ inline void multiply_tile(GroupedGemm const& gemm, Place const& place
       static_cast<T const*>(gemm.input) + place.row * gemm.input_stride, gemm.input_stride, place.rows, thread);
   LineLoader<T, kAligned, TileT, TileT::kColumns, kColumnMask> weight_loader(weights + place.column * gemm.k, gemm.k,
                                                                              gemm.n - place.column, thread);
+  bool const swapped = TileT::loads_swapped(thread);
   auto const load = [&](int step, int stage) {
     int const left = k - step * kDepth - thread % kUnits * kUnit;
     float4* const to = stages + stage * TileT::kStageUnits;
-    input_loader.load(to, gemm.input_stride, left);
-    weight_loader.load(to + TileT::kRows * kUnits, gemm.k, left);
+    if (swapped) {
+      input_loader.template load<true>(to, gemm.input_stride, left);
+    } else {
+      input_loader.template load<false>(to, gemm.input_stride, left);
+    }
+    weight_loader.template load<false>(to + TileT::kRows * kUnits, gemm.k, left);
   };
 
   int const steps = (k - 1) / kDepth + 1;

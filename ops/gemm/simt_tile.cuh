@@ -10,6 +10,14 @@
 // so that the lines that a warp reads together are in different banks. Then adding to a line what is a multiple of 16
 // adds to its place, and another unit is an exclusive or of the place: a thread has one place for its rows and one for
 // its columns.
+//
+// Registers lie in two banks, even and odd numbers, and each gives one operand a cycle. A multiplication finds the
+// column's element where the last one left it, and reads the row's and the sum. A unit takes four registers, whose
+// banks alternate: were the same element of every row in the same bank, the sums would have to be in the other, and
+// with the next element of k in this one. So where registers are the limit
+// - a thread's odd rows (its second, fourth, ...) lie in shared memory with the elements of a unit swapped: y, x, w, z.
+//   From row to row the banks alternate, and for every element of k they are evenly used;
+// - the order of the rows turns with every column: the row at the turn is not read again.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +39,9 @@ constexpr int kThreadRows = 8;
 
 // kDown x kAcross warps. A thread has kThreadRows rows, equally far apart, so that in a tile with few rows all threads
 // have few; and pairs of columns, gate and up of a gated product.
-template <int kDown, int kAcross, int kColumnsOfThread, int kStageCount, int kBlockCount, int kUnrolled>
+template <int kDown, int kAcross, int kColumnsOfThread, int kStageCount, int kBlockCount, int kUnrolled, bool kSwap>
 struct Tile {
+  static constexpr bool kSwapped = kSwap;  // odd rows, see above
   static constexpr int kThreads = kDown * kAcross * kLanes;
   static constexpr int kThreadColumns = kColumnsOfThread;
   static constexpr int kRowStep = kDown * kLaneRows;  // from a thread's row to its next
@@ -49,6 +58,8 @@ struct Tile {
   static constexpr int kSharedBytes = kSharedUnits * 16;
   static_assert(kSharedBytes <= 99 * 1024, "what a block can have on every GPU since sm_80");
   static_assert(kThreadColumns % kUnit == 0 && kStages >= 2 && kThreads / kUnits % 16 == 0, "see the places of lines");
+  static_assert(!kSwapped || kThreads / kUnits % (2 * kRowStep) == 0,
+                "the rows that a thread loads are all odd or none");
 
   __device__ static int row_of(int thread) {
     int const lane = thread % kLanes;
@@ -58,12 +69,14 @@ struct Tile {
     int const lane = thread % kLanes;
     return thread / kLanes % kAcross * (kLaneColumns * kThreadColumns) + lane / 2 % kLaneColumns * 2;
   }
+  // Whether the rows that a thread loads are odd ones, in which elements are swapped.
+  __device__ static bool loads_swapped(int thread) { return kSwapped && thread / kUnits / kRowStep % 2 != 0; }
 };
 
 // Many rows an expert: 128 x 128; with 8 x 16 sums a thread reads a fourth less of shared memory than with 8 x 8, which
 // outweighs half the threads. Few: 32 x 128, more of which fit, for more weights on their way, and more threads.
-using Wide = Tile<4, 1, 16, 2, 2, 1>;
-using Narrow = Tile<1, 4, 4, 4, 4, kUnits>;
+using Wide = Tile<4, 1, 16, 2, 2, 1, true>;
+using Narrow = Tile<1, 4, 4, 4, 4, kUnits, false>;
 
 // As many places as lines that a warp reads together: four rows, of which two share 128 bytes, and eight pairs of
 // columns.
@@ -88,23 +101,21 @@ __device__ inline int place_in_column(int place, int i, int unit) {
 }
 
 // The `count` elements at `source`, at most a unit of them, and zeros; nothing is read where it is 0 or less.
-// kAligned: the count is that of a unit, or 0 or less.
-template <class T, bool kAligned>
+// kAligned: the count is that of a unit, or 0 or less. kSwap: the elements change places in pairs, as in odd rows.
+template <class T, bool kAligned, bool kSwap>
 __device__ inline void load_unit(float4* unit, T const* source, int count) {
   auto* const to = reinterpret_cast<float*>(unit);
-  if constexpr (kAligned) {
+  if constexpr (kAligned && !kSwap) {
     static_assert(sizeof(T) == sizeof(float), "other types have to be converted");
     copy_16_async(to, source, count > 0);
   } else if constexpr (sizeof(T) == sizeof(float)) {
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) copy_4_async(to + i, source + i, i < count);
+    for (int i = 0; i < kUnit; ++i) copy_4_async(to + (i ^ int{kSwap}), source + i, (kAligned ? 0 : i) < count);
   } else {
-    float4 loaded;
-    loaded.x = 0 < count ? to_float(source[0]) : 0.0F;
-    loaded.y = 1 < count ? to_float(source[1]) : 0.0F;
-    loaded.z = 2 < count ? to_float(source[2]) : 0.0F;
-    loaded.w = 3 < count ? to_float(source[3]) : 0.0F;
-    *unit = loaded;
+    float loaded[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) loaded[i ^ int{kSwap}] = i < count ? to_float(source[i]) : 0.0F;
+    *unit = {loaded[0], loaded[1], loaded[2], loaded[3]};
   }
 }
 
@@ -121,11 +132,12 @@ class LineLoader {
   }
 
   // The next stage. `left`: of k, from the thread's unit on.
+  template <bool kSwap>
   __device__ void load(float4* stage, int64_t stride, int left) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       int const count = (there_ >> i & 1) != 0 ? left : 0;
-      load_unit<T, kAligned>(stage + place_ + i * kStep * kUnits, source_ + i * kStep * stride, count);
+      load_unit<T, kAligned, kSwap>(stage + place_ + i * kStep * kUnits, source_ + i * kStep * stride, count);
     }
     source_ += kDepth;
   }
@@ -140,6 +152,10 @@ class LineLoader {
   uint32_t there_ = 0;
 };
 
+__device__ inline float element_of(float4 const& unit, int i) {
+  return i == 0 ? unit.x : i == 1 ? unit.y : i == 2 ? unit.z : unit.w;
+}
+
 // Adds the products of a stage to a thread's sums, in the order of k. kActive: of its rows, the first so many.
 template <class TileT, int kActive>
 __device__ inline void multiply_stage(float4 const* stage, int row_place, int column_place,
@@ -151,16 +167,23 @@ __device__ inline void multiply_stage(float4 const* stage, int row_place, int co
 #pragma unroll
     for (int i = 0; i < kActive; ++i) a[i] = stage[place_in_row<TileT>(row_place, i, unit)];
 #pragma unroll
-    for (int j = 0; j < TileT::kThreadColumns; ++j) {
-      float4 const b = columns[place_in_column<TileT>(column_place, j, unit)];
+    for (int pair = 0; pair < TileT::kThreadColumns; pair += 2) {
+      float4 b[2];
 #pragma unroll
-      for (int i = 0; i < kActive; ++i) sums[i][j] = fmaf(a[i].x, b.x, sums[i][j]);
+      for (int j = 0; j < 2; ++j) b[j] = columns[place_in_column<TileT>(column_place, pair + j, unit)];
 #pragma unroll
-      for (int i = 0; i < kActive; ++i) sums[i][j] = fmaf(a[i].y, b.y, sums[i][j]);
+      for (int element = 0; element < kUnit; ++element) {
 #pragma unroll
-      for (int i = 0; i < kActive; ++i) sums[i][j] = fmaf(a[i].z, b.z, sums[i][j]);
+        for (int j = 0; j < 2; ++j) {
 #pragma unroll
-      for (int i = 0; i < kActive; ++i) sums[i][j] = fmaf(a[i].w, b.w, sums[i][j]);
+          for (int turn = 0; turn < kActive; ++turn) {
+            int const i = j == 0 ? turn : kActive - 1 - turn;
+            int const in_row = TileT::kSwapped ? element ^ i % 2 : element;
+            float& sum = sums[i][pair + j];
+            sum = fmaf(element_of(a[i], in_row), element_of(b[j], element), sum);
+          }
+        }
+      }
     }
   }
 }
