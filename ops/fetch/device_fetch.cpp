@@ -198,7 +198,6 @@ ExpertCopy DeviceFetch::copy(Copier copier) const {
 
 ExpertCopy DeviceFetch::head_of_call(Copier copier) const {
   ExpertCopy head = copy_;
-  head.blocks = 0;
   if (copier == Copier::kHost) {
     head.head_chunks = head_chunks_;
     head.tables.orders = host_copy_->next_orders();

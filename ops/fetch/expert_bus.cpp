@@ -11,6 +11,7 @@ namespace {
 // Of copies that are enqueued at once. Their flags rise together after them, so what came first waits for the last:
 // for less than it takes to compute with these bytes once they have come.
 constexpr uint64_t kBatchBytes = uint64_t{32} << 20U;
+constexpr size_t kBatchRises = 128;  // the driver takes 255
 
 // What is needed waits for what is on its way: kMostOnTheirWay pieces, of about 10 us each. Larger ones gained less.
 constexpr uint64_t kPieceBytes = uint64_t{512} << 10U;
@@ -91,7 +92,7 @@ void ExpertBus::copy(CopySource const& source, FetchItem const& item, uint64_t f
     batch_.add(slot + part.offset_in_slot + skip, source.address(item.expert, i) + skip, part.bytes - skip);
   }
   flags_.add(flag, kAllThere);
-  if (is_last || batch_.bytes() >= kBatchBytes) end_batch();
+  if (is_last || batch_.bytes() >= kBatchBytes || flags_.added() >= kBatchRises) end_batch();
 }
 
 void ExpertBus::end_batch() {

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -21,6 +22,7 @@ class FlagWriter {
   // Several at once: they hold the stream up as long as one. Throws Error(MOE_INFER_CUDA).
   void add(uint32_t* flag, uint32_t value);
   void write_added(cudaStream_t stream);
+  size_t added() const { return added_.size(); }
   void clear() { added_.clear(); }
 
  private:
