@@ -20,7 +20,7 @@ constexpr unsigned kBlocks = 8;
 constexpr uint32_t kHeadChunks = 32;
 
 // What the host's part of a call costs where little is missing: it waits for the plan, and the copies that it then
-// enqueues hide that. So chosen that both ways take as long at 0.3 misses a call of 9.4 MB (docs/fetching.md).
+// enqueues hide that. So chosen that both ways take as long at 0.3 misses a call of 9.4 MB each (docs/fetching.md).
 constexpr double kHostSeconds = 3e-6;
 // Before a layer has run.
 constexpr float kMissesExpected = 1;
