@@ -28,7 +28,7 @@ namespace moe_infer {
 // Environment variable MOE_INFER_FETCH.
 enum class FetchMode {
   kAuto,    // kernels copy in CUDA graphs and, without guesses, where that is as fast; otherwise the host
-  kHost,    // never kernels
+  kHost,    // kernels copy no more than the head (copy_head_in_block)
   kDevice,  // kernels, for every call that they can serve; a layer that they cannot serve is refused
 };
 // Throws Error(MOE_INFER_INVALID).
