@@ -1,6 +1,7 @@
 #include "core/copy_batch.h"
 
 #include "core/cuda_check.h"
+#include "core/driver_function.h"
 
 namespace moe_infer {
 namespace {
@@ -13,12 +14,7 @@ using CopyAll = CUresult (*)(CUdeviceptr* destinations, CUdeviceptr* sources, si
 
 }  // namespace
 
-CopyBatch::CopyBatch() {
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  MOE_CUDA_CHECK(
-      cudaGetDriverEntryPointByVersion("cuMemcpyBatchAsync", &copy_, kCuda12Point8, cudaEnableDefault, &result));
-  if (result != cudaDriverEntryPointSuccess) copy_ = nullptr;
-}
+CopyBatch::CopyBatch() : copy_(driver_function("cuMemcpyBatchAsync", kCuda12Point8)) {}
 
 void CopyBatch::add(void* to, void const* from, uint64_t bytes) {
   if (bytes == 0) return;

@@ -26,7 +26,7 @@ class CopyBatch {
  private:
   bool enqueue_at_once(cudaStream_t stream);
 
-  void* copy_ = nullptr;  // the driver's cuMemcpyBatchAsync; null: it has none, and copies are enqueued one by one
+  void* copy_;  // the driver's cuMemcpyBatchAsync; null: it has none, and copies are enqueued one by one
   std::vector<CUdeviceptr> destinations_, sources_;
   std::vector<size_t> sizes_;
   uint64_t bytes_ = 0;

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/cuda_check.h"
+#include "core/driver_function.h"
 
 namespace moe_infer {
 namespace {
@@ -10,19 +11,10 @@ namespace {
 using WriteValue = CUresult (*)(CUstream stream, CUdeviceptr address, cuuint32_t value, unsigned flags);
 using WriteValues = CUresult (*)(CUstream stream, unsigned count, CUstreamBatchMemOpParams* writes, unsigned flags);
 
-// Null: the driver has none.
-void* find_function(char const* name) {
-  constexpr unsigned kCuda12 = 12000;
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  MOE_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, kCuda12, cudaEnableDefault, &result));
-  return result == cudaDriverEntryPointSuccess ? found : nullptr;
-}
-
 }  // namespace
 
 FlagWriter::FlagWriter()
-    : write_value_(find_function("cuStreamWriteValue32")), write_values_(find_function("cuStreamBatchMemOp")) {}
+    : write_value_(driver_function("cuStreamWriteValue32")), write_values_(driver_function("cuStreamBatchMemOp")) {}
 
 bool FlagWriter::works_for(cudaStream_t stream, uint32_t* flag) const {
   // Some drivers have the function and refuse to do it.

@@ -27,8 +27,8 @@ class FlagWriter {
 
  private:
   int try_write(cudaStream_t stream, uint32_t* flag, uint32_t value) const;  // the driver's status, 0: done
-  void* write_value_ = nullptr;   // the driver's cuStreamWriteValue32; null: it has none
-  void* write_values_ = nullptr;  // its cuStreamBatchMemOp; null: it has none
+  void* write_value_;   // the driver's cuStreamWriteValue32; null: it has none
+  void* write_values_;  // its cuStreamBatchMemOp; null: it has none
   std::vector<CUstreamBatchMemOpParams> added_;
 };
 

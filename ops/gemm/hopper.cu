@@ -5,6 +5,7 @@
 
 #include "core/cuda_check.h"
 #include "core/device_limits.h"
+#include "core/driver_function.h"
 #include "gemm/hopper.h"
 #include "gemm/hopper_kernel.cuh"
 
@@ -15,15 +16,10 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             cuuint32_t const*, cuuint32_t const*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's function; the library does not link the driver.
 Encode encode_function() {
   static Encode const function = [] {
-    constexpr unsigned kCuda12 = 12000;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    MOE_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kCuda12, cudaEnableDefault, &result));
-    if (result != cudaDriverEntryPointSuccess || found == nullptr) {
+    void* const found = driver_function("cuTensorMapEncodeTiled");
+    if (found == nullptr) {
       throw Error(MOE_INFER_CUDA,
                   "CUDA: the driver has no cuTensorMapEncodeTiled; install a driver for CUDA 12 or newer");
     }
