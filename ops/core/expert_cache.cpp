@@ -220,9 +220,9 @@ void ExpertCache::fetch(int32_t expert, int32_t slot) {
   uint8_t* const destination = memory_.bytes() + static_cast<uint64_t>(slot) * layout_.bytes;
   try {
     used_[static_cast<size_t>(slot)].order_before(copy_stream_.get());
+    batch_.clear();  // after a fetch that failed
     if (store_->is_pinned(expert)) {
       list_transfers(expert, kUnlimited, staging_bytes_);
-      batch_.clear();  // after a fetch that failed
       for (auto const& transfer : transfers_) {
         send(transfer, transfer.source(), destination);
       }
