@@ -7,6 +7,8 @@
 
 namespace moe_infer {
 
+constexpr int kCopyLanes = 32;
+
 __device__ inline uint64_t nanoseconds() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
@@ -19,7 +21,7 @@ __device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32
                                      uint32_t* there) {
   __threadfence();  // each thread's own writes
   __syncwarp();
-  if (threadIdx.x % 32 != 0) return;
+  if (threadIdx.x % kCopyLanes != 0) return;
   __threadfence();
   constexpr uint64_t kOneLate = uint64_t{1} << 32U;
   uint64_t const one = is_late ? kOneLate : 1;

@@ -8,7 +8,6 @@
 
 namespace moe_infer {
 
-constexpr int kCopyLanes = 32;
 constexpr int kCopyUnroll = 8;  // 16-byte loads in flight, a thread: the bus answers after more than a microsecond
 
 // A warp. Source, destination and offset are multiples of 16 bytes; the last bytes may not be.

@@ -41,12 +41,9 @@ int resident_blocks() {
   return resident;
 }
 
-// Products one after the other on a stream may share the arrays: neither the kernel nor the one that fills them starts
-// before what is ahead has ended.
 template <class Kernel>
 void launch_grouped(GroupedGemm const& gemm, GroupArrays const& arrays,
                     typename Kernel::EpilogueOutputOp::Params const& output_op) {
-  fill_group_arrays(gemm, arrays);
   using Tile = typename Kernel::ThreadblockShape;
   // No more blocks than there can be tiles: each group with rows has at most one tile of rows that is not full.
   int64_t const row_tiles = gemm.rows / Tile::kM + std::min<int64_t>(gemm.groups.count, gemm.rows);

@@ -48,9 +48,8 @@ void check_source(GroupedGemm const& gemm) {
 
 __global__ void __launch_bounds__(kThreads)
     fill_kernel(ExpertGroups groups, uint8_t* input, int64_t input_row_bytes, uint8_t* source, uint8_t* output,
-                int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t weight_stride,
-                int64_t output_stride, uint64_t weight_offset, bool has_bias, uint64_t bias_offset,
-                GroupArrays arrays) {
+                int64_t output_row_bytes, int32_t n, int32_t k, int64_t input_stride, int64_t output_stride,
+                uint64_t weight_offset, bool has_bias, uint64_t bias_offset, GroupArrays arrays) {
   int32_t const g = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int32_t>(threadIdx.x);
   if (g >= groups.count) return;
   int64_t const begin = groups.row_begin[g];
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
     arrays.source_strides[g] = 0;  // one row for all
   }
   arrays.input_strides[g] = input_stride;
-  arrays.weight_strides[g] = weight_stride;
+  arrays.weight_strides[g] = k;
   arrays.output_strides[g] = output_stride;
 }
 
@@ -105,7 +104,7 @@ void fill_group_arrays(GroupedGemm const& gemm, GroupArrays const& arrays) {
   fill_kernel<<<blocks, kThreads, 0, gemm.stream>>>(
       gemm.groups, static_cast<uint8_t*>(const_cast<void*>(gemm.input)), gemm.input_stride * element,
       static_cast<uint8_t*>(const_cast<void*>(gemm.source)), static_cast<uint8_t*>(gemm.output), columns * element,
-      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.k, gemm.n, gemm.weight_offset,
+      static_cast<int32_t>(gemm.n), static_cast<int32_t>(gemm.k), gemm.input_stride, gemm.n, gemm.weight_offset,
       gemm.has_bias, gemm.bias_offset, arrays);
   MOE_CUDA_CHECK(cudaGetLastError());
 }
@@ -123,6 +122,7 @@ void grouped_gemm(GroupedGemm const& gemm) {
   if (gemm.activation.gated && gemm.has_bias) return run_unaligned(gemm, narrow);
   GroupArrays arrays;
   GroupArrays::layout(gemm.groups.count, static_cast<uint8_t*>(gemm.workspace), &arrays);
+  fill_group_arrays(gemm, arrays);
   if (gemm.dtype == DataType::kFloat16) {
     narrow ? run_float16_narrow(gemm, arrays) : run_float16_wide(gemm, arrays);
   } else {

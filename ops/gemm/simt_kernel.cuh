@@ -26,22 +26,6 @@ __device__ inline int64_t first_tile(ExpertGroups const& groups, int32_t g) {
   return row / kRows + (g < row ? g : row);
 }
 
-// The last group whose tiles begin at or before this one.
-template <int kRows>
-__device__ inline int32_t group_of_tile(ExpertGroups const& groups, int64_t tile) {
-  int32_t low = 0;
-  int32_t high = groups.count;
-  while (low < high) {
-    int32_t const middle = low + (high - low) / 2;
-    if (first_tile<kRows>(groups, middle) <= tile) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low - 1;
-}
-
 struct Place {
   int32_t group;
   int64_t row;   // of the whole input
@@ -54,7 +38,8 @@ struct Place {
 template <class TileT>
 __device__ inline Place place_of_tile(ExpertGroups const& groups, int64_t tile, int64_t column_tiles) {
   Place place;
-  place.group = group_of_tile<TileT::kRows>(groups, tile / column_tiles);
+  place.group =
+      last_group_before(groups, tile / column_tiles, [&](int32_t g) { return first_tile<TileT::kRows>(groups, g); });
   int64_t const first = first_tile<TileT::kRows>(groups, place.group);
   int64_t const row_tiles = first_tile<TileT::kRows>(groups, place.group + 1) - first;
   int64_t const in_group = tile - first * column_tiles;
