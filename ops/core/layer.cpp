@@ -137,11 +137,7 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures, bool ahead
   int64_t const most_needed = std::min<int64_t>(tokens * config.top_k, config.expert_count);
   bool const fits = most_needed <= config.max_concurrency;
   if (device_fetch_ != nullptr && fits) {
-    auto copier = device_fetch_->faster_copier();
-    bool const guesses = ahead && device_fetch_->host_can_copy();
-    if (fetch_mode_ == FetchMode::kAuto && (tokens > kMostTokensForKernels || guesses)) copier = Copier::kHost;
-    if (fetch_mode_ == FetchMode::kAuto && captures) copier = Copier::kKernels;
-    if (copier == Copier::kKernels) return Experts::kPlannedAndCopied;
+    if (who_copies(tokens, captures, ahead) == Copier::kKernels) return Experts::kPlannedAndCopied;
     if (!captures && device_fetch_->host_can_copy()) return Experts::kPlanned;
   }
   if (captures) {
@@ -156,6 +152,13 @@ MoELayer::Experts MoELayer::who_brings(int64_t tokens, bool captures, bool ahead
         "), or do not use CUDA graphs");
   }
   return Experts::kFromHost;
+}
+
+Copier MoELayer::who_copies(int64_t tokens, bool captures, bool ahead) const {
+  if (fetch_mode_ == FetchMode::kHost) return Copier::kHost;
+  if (fetch_mode_ == FetchMode::kDevice || captures) return Copier::kKernels;
+  bool const guesses = ahead && device_fetch_->host_can_copy();
+  return tokens > kMostTokensForKernels || guesses ? Copier::kHost : device_fetch_->faster_copier();
 }
 
 std::optional<Copier> MoELayer::copier_of(Experts experts) {

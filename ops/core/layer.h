@@ -91,7 +91,8 @@ class MoELayer {
   void make_cache();
   // `ahead`: what the next layer needs is guessed, which only the host fetches.
   Experts who_brings(int64_t tokens, bool captures, bool ahead) const;
-  static std::optional<Copier> copier_of(Experts experts);  // none: no kernel plans
+  Copier who_copies(int64_t tokens, bool captures, bool ahead) const;  // what a kernel planned
+  static std::optional<Copier> copier_of(Experts experts);             // none: no kernel plans
   void check_run(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
                  void const* workspace) const;
   void run_experts(Experts experts, void const* hidden_states, void const* router_logits, NextLogits const& next,

@@ -107,8 +107,7 @@ DeviceFetch::DeviceFetch(ExpertCache const& cache, FetchMode mode, RouterParams 
       experts_(cache.tables().expert_count),
       slots_(cache.tables().slot_count),
       device_(current_device()),
-      recent_misses_(allocate_pinned(sizeof(float))),
-      mode_(mode) {
+      recent_misses_(allocate_pinned(sizeof(float))) {
   size_t const bytes = FetchTables::layout(experts_, slots_, nullptr, &copy_.tables, &shared_bytes_);
   memory_ =
       std::make_shared<DeviceMemory>(allocate_device(bytes, "the tables of an expert cache", "free some GPU memory"));
@@ -166,9 +165,9 @@ CopySource DeviceFetch::list_sources(ExpertCache const& cache) {
   source.chunk_count = static_cast<int32_t>(chunks.size());
   source.late_count = static_cast<int32_t>(
       std::count_if(chunks.begin(), chunks.end(), [](FetchChunk const& chunk) { return chunk.late; }));
-  for (; head_chunks_ < kHeadChunks && head_chunks_ < chunks.size(); ++head_chunks_) {
-    auto const& chunk = chunks[head_chunks_];
-    if (chunk.tensor != chunks[0].tensor) break;
+  for (auto const& chunk : chunks) {
+    if (copy_.head_chunks == kHeadChunks || chunk.tensor != chunks[0].tensor) break;
+    ++copy_.head_chunks;
     found.head_bytes += chunk.bytes;
   }
   source.slots = found.slots;
@@ -184,7 +183,6 @@ double DeviceFetch::seconds_saved_by_host() const {
 }
 
 Copier DeviceFetch::faster_copier() const {
-  if (mode_ == FetchMode::kHost) return Copier::kHost;
   float misses = 0;  // kernels may write it meanwhile
   __atomic_load(recent_misses_.as<float>(), &misses, __ATOMIC_RELAXED);
   return misses * saved_ > kHostSeconds ? Copier::kHost : Copier::kKernels;
@@ -199,8 +197,9 @@ ExpertCopy DeviceFetch::copy(Copier copier) const {
 ExpertCopy DeviceFetch::head_of_call(Copier copier) const {
   ExpertCopy head = copy_;
   if (copier == Copier::kHost) {
-    head.head_chunks = head_chunks_;
     head.tables.orders = host_copy_->next_orders();
+  } else {
+    head.head_chunks = 0;
   }
   return head;
 }

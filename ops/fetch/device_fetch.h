@@ -70,7 +70,7 @@ class DeviceFetch {
   // At its end: the bus may work for the next layer.
   void fetch_ahead() const { host_copy_->fetch_ahead(); }
   ExpertCopy copy(Copier copier) const;
-  // Outside of CUDA graphs, by what the last calls missed.
+  // For FetchMode::kAuto, outside of CUDA graphs: by what the last calls missed.
   Copier faster_copier() const;
   bool host_can_copy() const { return host_copy_->works(); }
   // Where enqueue finds and puts experts.
@@ -109,9 +109,7 @@ class DeviceFetch {
   size_t shared_bytes_ = 0;
   std::unique_ptr<HostCopy> host_copy_;
   ExpertCopy copy_;
-  uint32_t head_chunks_ = 0;
-  FetchMode mode_;
-  double saved_ = 0;  // seconds that each miss takes the host less than kernels
+  double saved_ = 0;  // seconds that each miss takes the host less than kernels; measured for FetchMode::kAuto
   std::shared_ptr<GuessTarget const> target_;
   std::shared_ptr<NextLayer> next_ = std::make_shared<NextLayer>();
 };

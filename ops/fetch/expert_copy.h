@@ -34,7 +34,7 @@ struct ExpertCopy {
   FetchSource source;
   FetchTables tables;
   uint32_t blocks = 0;       // that copy; 0: kernels copy nothing
-  uint32_t head_chunks = 0;  // for copy_head_in_block
+  uint32_t head_chunks = 0;  // that copy_head_in_block copies, the first ones of an expert
 };
 
 }  // namespace moe_infer
