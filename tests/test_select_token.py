@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,30 +11,17 @@ import pytest
 
 from moe_infer import reference
 from moe_infer.op import ROUTERS, LayerConfig
+from native.host_library import build_or_skip
 from router_options import SIGMOID_OPTIONS
 
-ROOT = Path(__file__).resolve().parent.parent
-CUDA = ROOT / ".cuda/nvidia/cu13/include"
 NUMBERS = {name: i for i, name in enumerate(ROUTERS)}
 Select = Callable[[LayerConfig, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
 def select(tmp_path_factory: pytest.TempPathFactory) -> Select:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    if not (CUDA / "cuda_runtime_api.h").is_file():
-        pytest.skip(f"no {CUDA.relative_to(ROOT)}/cuda_runtime_api.h (make build)")
-    path = tmp_path_factory.mktemp("select") / "select_token.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
-    flags += ["-U_FORTIFY_SOURCE"]  # it takes a jump to another stack for an error
-    includes = [f"-I{ROOT}/ops", f"-I{ROOT}/ops/include", "-isystem", str(CUDA)]
-    source = str(ROOT / "tests/native/select_token.cpp")
-    done = subprocess.run(
-        ["g++", *flags, *includes, source, "-o", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    function = ctypes.CDLL(str(path)).select_tokens
+    folder = tmp_path_factory.mktemp("select")
+    function = build_or_skip(folder, "select_token", "cuda_runtime_api.h").select_tokens
     function.restype = None
 
     def run(config: LayerConfig, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

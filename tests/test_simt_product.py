@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-CUDA = ROOT / ".cuda/nvidia/cu13/include"
+from native.host_library import build_or_skip
+
 NONE, SILU, RELU = 0, 1, 4  # ActivationKind
 Floats = np.ndarray
 
@@ -84,22 +81,8 @@ Run = Callable[..., Floats]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    if not (CUDA / "cuda_fp16.h").is_file():
-        pytest.skip(f"no {CUDA.relative_to(ROOT)}/cuda_fp16.h (make build)")
-    path = tmp_path_factory.mktemp("simt") / "simt_product.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-attributes"]
-    flags += ["-U_FORTIFY_SOURCE"]  # it takes a jump to another stack for an error
-    includes = [f"-I{ROOT}/{folder}" for folder in ("tests/native/on_host", "ops", "ops/include")]
-    source = str(ROOT / "tests/native/simt_product.cpp")
-    done = subprocess.run(
-        ["g++", *flags, *includes, "-isystem", str(CUDA), source, "-o", str(path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(path))
+    folder = tmp_path_factory.mktemp("simt")
+    return build_or_skip(folder, "simt_product", "cuda_fp16.h")
 
 
 @pytest.fixture(scope="module")

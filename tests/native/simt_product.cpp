@@ -1,15 +1,15 @@
 // ops/gemm/simt_kernel.cuh on the host: the threads of a block are contexts that take turns at every barrier.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <setjmp.h>
-#include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <vector>
+
+#include "turns.h"
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -24,42 +24,17 @@ void __syncthreads();
 namespace {
 
 constexpr size_t kMostThreads = 256;
-constexpr size_t kStackBytes = 64 << 10;
 
-struct Block {
-  size_t threads = 0;
-  std::array<ucontext_t, kMostThreads> starts;
-  // Turns change by jumps: swapcontext calls the kernel each time, for signals' sake.
-  jmp_buf scheduler;
-  std::array<jmp_buf, kMostThreads> jumps;
-  std::array<bool, kMostThreads> begun;
-  std::array<bool, kMostThreads> done;
-  std::array<int, kMostThreads> barriers;
-  std::array<moe_infer::HostCopies, kMostThreads> copies;
-  size_t thread = 0;  // that runs
-};
-Block block;
-
-// Returns when the thread has come to a barrier or is done.
-void take_turn(size_t thread) {
-  block.thread = thread;
-  if (_setjmp(block.scheduler) != 0) return;
-  if (block.begun[thread]) _longjmp(block.jumps[thread], 1);
-  block.begun[thread] = true;
-  setcontext(&block.starts[thread]);
-}
+Turns turns;
+std::array<moe_infer::HostCopies, kMostThreads> copies;
 
 }  // namespace
 
-void __syncthreads() {
-  size_t const thread = block.thread;
-  ++block.barriers[thread];
-  if (_setjmp(block.jumps[thread]) == 0) _longjmp(block.scheduler, 1);
-}
+void __syncthreads() { turns.operate(); }
 
 namespace moe_infer {
 bool copies_land_late = false;
-HostCopies& copies_of_this_thread() { return block.copies[block.thread]; }
+HostCopies& copies_of_this_thread() { return copies[turns.thread()]; }
 }  // namespace moe_infer
 
 namespace {
@@ -73,55 +48,19 @@ struct Call {
 
 template <class T, bool kAligned, class TileT>
 void run_thread() {
-  moe_infer::simt::run_block<T, kAligned, TileT>(*call.gemm, call.block, call.blocks, static_cast<int>(block.thread),
+  moe_infer::simt::run_block<T, kAligned, TileT>(*call.gemm, call.block, call.blocks, static_cast<int>(turns.thread()),
                                                  call.shared);
-  block.done[block.thread] = true;
-  _longjmp(block.scheduler, 1);
-}
-
-// `backwards`: the last thread comes first.
-template <class T, bool kAligned, class TileT>
-void run_block(std::vector<std::vector<uint8_t>>* stacks, bool backwards) {
-  block.threads = TileT::kThreads;
-  block.begun.fill(false);
-  block.done.fill(false);
-  block.barriers.fill(0);
-  for (size_t thread = 0; thread < block.threads; ++thread) {
-    block.copies[thread] = {};
-    auto& context = block.starts[thread];
-    getcontext(&context);
-    context.uc_stack.ss_sp = (*stacks)[thread].data();
-    context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;  // run_thread does not return
-    makecontext(&context, run_thread<T, kAligned, TileT>, 0);
-  }
-  for (bool any = true; any;) {
-    any = false;
-    for (size_t i = 0; i < block.threads; ++i) {
-      size_t const thread = backwards ? block.threads - 1 - i : i;
-      if (block.done[thread]) continue;
-      take_turn(thread);
-      any = any || !block.done[thread];
-    }
-    for (size_t thread = 1; thread < block.threads; ++thread) {
-      // On a GPU this would hang or be undefined.
-      if (block.barriers[thread] != block.barriers[0] || block.done[thread] != block.done[0]) {
-        std::fprintf(stderr, "thread %zu left the block\n", thread);
-        std::abort();
-      }
-    }
-  }
 }
 
 template <class T, bool kAligned, class TileT>
 void run_blocks(moe_infer::GroupedGemm const& gemm, int64_t blocks, bool backwards) {
-  std::vector<std::vector<uint8_t>> stacks(TileT::kThreads, std::vector<uint8_t>(kStackBytes));
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   auto const shared = std::make_unique<float4[]>(TileT::kSharedUnits);
   for (int64_t i = 0; i < blocks; ++i) {
     std::fill_n(shared.get(), TileT::kSharedUnits, float4{kNaN, kNaN, kNaN, kNaN});
     call = {&gemm, i, blocks, shared.get()};
-    run_block<T, kAligned, TileT>(&stacks, backwards);
+    copies.fill({});
+    turns.run(TileT::kThreads, run_thread<T, kAligned, TileT>, backwards);
   }
 }
 
