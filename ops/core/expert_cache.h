@@ -22,6 +22,7 @@
 #include "core/host_ring.h"
 #include "core/policy.h"
 #include "core/policy_settings.h"
+#include "core/run_lanes.h"
 #include "core/statistics.h"
 #include "core/use_history.h"
 #include "moe_infer.h"
@@ -41,20 +42,22 @@ class ExpertCache {
   void load_all();
 
   // Streaming: brings the needed experts into the slots that plan_call decides (policy.h), while `use` runs those that
-  // are there. For each, `use(expert, slot)` is called once its bytes are ordered before `stream`; a slot is reused
-  // only when the work that `use` enqueued is done. `counts` (host): rows of each expert. Not for two threads at once.
-  // After an exception the cache can be used again; what failed is not in it.
+  // are there. For each, `use(expert, slot, lane)` is called once its bytes are ordered before what the lane gets, and
+  // enqueues its work there; a slot is reused only when that is done. `counts` (host): rows of each expert. Not for two
+  // threads at once. After an exception the cache can be used again; what failed is not in it.
   template <class Use>
-  void run_needed(int32_t const* counts, cudaStream_t stream, Use&& use) {
+  void run_needed(int32_t const* counts, RunLanes const& lanes, Use&& use) {
     Call call = plan(counts);
     try {
       while (call.run < call.needed) {
         // The bus begins before the experts that are there are enqueued, and stays ahead of what runs.
         bring_ahead(&call, counts);
         auto const& planned = plan_[static_cast<size_t>(call.run)];
+        int32_t const lane = call.run % lanes.count();
+        cudaStream_t const stream = lanes.stream(lane);
         ready(planned.slot, stream);
         try {
-          use(planned.expert, planned.slot);
+          use(planned.expert, planned.slot, lane);
         } catch (...) {
           abandon(planned.slot, stream);
           throw;

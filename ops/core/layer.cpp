@@ -121,6 +121,7 @@ void MoELayer::make_cache() {
   cache_->remember(config.weight_prefix);
   counts_ = allocate_pinned(sizeof(int32_t) * static_cast<size_t>(config.expert_count));
   counts_read_ = std::make_unique<Event>();
+  lanes_ = std::make_unique<RunLanes>(plan_.sub_layer().has_lanes());
   streamed_ = std::make_unique<Event>();
   fetch_mode_ = fetch_mode_from_environment();
   why_not_device_ = DeviceFetch::why_not(*cache_);
@@ -365,21 +366,28 @@ void MoELayer::run_from_host(int64_t rows, Workspace const& workspace, cudaStrea
   counts_read_->wait();
   if (device_fetch_ != nullptr) device_fetch_->end_take(cache_.get(), stream);
   auto const groups = all_groups(Experts::kFromHost, workspace);
-  auto const use = [&](int32_t expert, int32_t slot) {
-    auto one = call(rows, workspace, groups, false, stream);
+  auto const use = [&](int32_t expert, int32_t slot, int32_t lane) {
+    auto one = call(rows, workspace, groups, false, lanes_->stream(lane));
+    one.lane = lane;
+    one.counters += lane * kCountersOfCall;
     one.groups.count = 1;
     one.groups.row_begin += expert;
     one.groups.row_end += expert;
     one.groups.slot_of_group += slot;
     plan_.sub_layer().run(one);
   };
-  try {
-    cache_->run_needed(counts, stream, use);
-  } catch (...) {
+  auto const end = [&] {
+    lanes_->join();
     if (device_fetch_ != nullptr) device_fetch_->return_tables(*cache_, stream);
+  };
+  lanes_->fork(stream);
+  try {
+    cache_->run_needed(counts, *lanes_, use);
+  } catch (...) {
+    end();
     throw;
   }
-  if (device_fetch_ != nullptr) device_fetch_->return_tables(*cache_, stream);
+  end();
 }
 
 std::string MoELayer::note() const {

@@ -14,6 +14,7 @@
 #include "core/expert_store.h"
 #include "core/layer_config.h"
 #include "core/live_layers.h"
+#include "core/run_lanes.h"
 #include "fetch/device_fetch.h"
 #include "route/route.h"
 #include "sublayers/sub_layer.h"
@@ -121,6 +122,7 @@ class MoELayer {
   std::shared_ptr<ExpertCache> cache_;  // null for a sub-layer without weights; shared when all experts stay
   std::mutex streaming_;                // guards what follows, and the cache while it streams
   PinnedMemory counts_;
+  std::unique_ptr<RunLanes> lanes_;                // of runs whose experts the host brings
   std::unique_ptr<Event> counts_read_, streamed_;  // streamed_: the last run that used the slots
   FetchMode fetch_mode_ = FetchMode::kAuto;
   std::unique_ptr<DeviceFetch> device_fetch_;  // null: the host fetches, one expert after the other

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Choices const c, int32_
   extern __shared__ int32_t counts[];  // (experts)
   wait_for_previous_kernel();
   start_next_kernel();
-  if (blockIdx.x == 0 && threadIdx.x < kCountersOfCall) counters[threadIdx.x] = 0;
+  if (blockIdx.x == 0 && threadIdx.x < kCountersOfRun) counters[threadIdx.x] = 0;
   for (int32_t e = static_cast<int32_t>(threadIdx.x); e < c.experts; e += kThreads) counts[e] = 0;
   __syncthreads();
   Range const own = stretch_of_block(c);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   wait_for_previous_kernel();
   start_next_kernel();
-  if (alone && thread < kCountersOfCall) counters[thread] = 0;
+  if (alone && thread < kCountersOfRun) counters[thread] = 0;
 
   Range const own = part_of(stretch_of_block(c), thread / kLanes, kWarps);
   // Lanes without a choice agree on an expert that does not exist.

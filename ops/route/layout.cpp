@@ -18,7 +18,7 @@ size_t Routing::layout(int64_t tokens, int32_t top_k, int32_t experts, bool has_
   r.row_of_choice = slices.take<int32_t>(rows);
   r.row_begin = slices.take<int32_t>(columns + 1);
   r.counts = slices.take<int32_t>(columns);
-  r.counters = slices.take<int32_t>(kCountersOfCall);
+  r.counters = slices.take<int32_t>(kCountersOfRun);
   r.group_scratch = slices.take<uint8_t>(group_scratch_bytes(static_cast<int64_t>(rows), experts));
   if (routing != nullptr) *routing = r;
   return slices.bytes();

@@ -22,7 +22,7 @@ struct Routing {
   int32_t* row_of_choice = nullptr;
   int32_t* row_begin = nullptr;  // (experts + 1): expert e has rows row_begin[e] .. row_begin[e + 1]
   int32_t* counts = nullptr;     // (experts)
-  int32_t* counters = nullptr;   // kCountersOfCall zeros for the sub-layer
+  int32_t* counters = nullptr;   // kCountersOfRun zeros for the sub-layer
   void* group_scratch = nullptr;
 
   // The one place that sizes and slices this workspace: with base == nullptr only the size is computed.

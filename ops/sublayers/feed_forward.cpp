@@ -46,7 +46,7 @@ size_t FeedForward::inner_bytes(int64_t rows) const {
 }
 
 size_t FeedForward::workspace_bytes(int64_t rows, int32_t groups) const {
-  return inner_bytes(rows) + aligned_size(grouped_gemm_workspace(groups));
+  return inner_bytes(rows) + kMostLanes * aligned_size(grouped_gemm_workspace(groups));
 }
 
 void FeedForward::run(SubLayerCall const& call, void const* input, void const* residual, uint8_t* workspace) const {
@@ -59,7 +59,8 @@ void FeedForward::run(SubLayerCall const& call, void const* input, void const* r
   gemm.overlap = call.overlap;
   gemm.after_fetch = call.groups.arrivals.there != nullptr && input == call.input;  // else another kernel comes first
   gemm.stream = call.stream;
-  gemm.workspace = workspace + inner_bytes(call.rows);
+  auto const lane = static_cast<size_t>(call.lane);
+  gemm.workspace = workspace + inner_bytes(call.rows) + lane * aligned_size(grouped_gemm_workspace(call.groups.count));
 
   gemm.n = activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
   gemm.k = shape.d_model;

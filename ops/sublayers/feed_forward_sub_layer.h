@@ -54,6 +54,7 @@ class FeedForwardSubLayer : public MoESubLayer {
     feed_forward_.run(call, call.input, nullptr, static_cast<uint8_t*>(call.workspace));
   }
 
+  bool has_lanes() const override { return true; }
   bool has_run_token() const override { return feed_forward_.has_run_token(); }
   void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
                  cudaStream_t stream) const override {

@@ -61,6 +61,8 @@ struct ExpertGroups {
 };
 
 constexpr int32_t kCountersOfCall = 4;
+constexpr int32_t kMostLanes = 2;  // MoESubLayer::has_lanes
+constexpr int32_t kCountersOfRun = kMostLanes * kCountersOfCall;
 
 struct SubLayerCall {
   ExpertGroups groups;
@@ -74,6 +76,7 @@ struct SubLayerCall {
   bool single_token = false;    // the layer runs one token: a sub-layer that has run_token must give its bits
   bool overlap = false;         // kernels may start while the previous one runs: no stream but this one is involved
   void* workspace = nullptr;
+  int32_t lane = 0;  // of kMostLanes
   cudaStream_t stream = nullptr;
 };
 
@@ -101,6 +104,10 @@ class MoESubLayer {
   virtual size_t workspace_bytes(int64_t rows, int32_t groups) const = 0;
   // Enqueues the experts of call.groups. Must not synchronise or allocate.
   virtual void run(SubLayerCall const& call) const = 0;
+
+  // Whether two calls of a run, on other groups, may run at the same time: call.lane is then 0 for the one and 1 for
+  // the other. What they write to the workspace must lie where their own rows do, or where the lane says.
+  virtual bool has_lanes() const { return false; }
 
   // Whether it reads activation_alpha, activation_beta and swiglu_limit: for one that does not, they are refused.
   virtual bool reads_activation_parameters() const { return false; }

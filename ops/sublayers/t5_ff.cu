@@ -39,6 +39,7 @@ class T5FeedForward final : public MoESubLayer {
     feed_forward_.run(call, normed, call.input, normed + normed_bytes(call.rows));
   }
 
+  bool has_lanes() const override { return true; }
   bool has_run_token() const override { return feed_forward_.has_run_token(); }
   void run_token(ExpertGroups const& groups, TokenChoices const& token, void* workspace, bool overlap,
                  cudaStream_t stream) const override {

@@ -1,5 +1,6 @@
-// Runs of an expert cache on a CUDA runtime that does what streams allow in any order (fake_cuda.h): every expert that
-// a run uses must lie in its slot, whole, when the run's own work is done.
+// Runs of an expert cache on a CUDA runtime that does what streams allow in any order (fake_cuda.h). When an expert
+// runs it must lie in its slot, whole, and the run's input must be there; what comes after the run finds all its experts
+// done.
 //
 //   cache_order PATH EXPERTS HIDDEN_SIZE SLOTS SEED CALLS
 //
@@ -77,7 +78,10 @@ int run(char** words) {
 
   ExpertCache cache(store, config.expert_count, slots, layout, DataType::kFloat32);
   Stream const streams[2];
+  RunLanes lanes(seed % 2 == 1);
   int wrong = 0;
+  int early = 0;  // experts before their input, and ends of runs before their experts
+  std::vector<int> given(static_cast<size_t>(calls), 0), done(given);  // of each run, on the device
   for (int call = 0; call < calls; ++call) {
     // Few experts, some, or all, as tokens, batches and prompts need them.
     std::vector<int32_t> counts(static_cast<size_t>(config.expert_count));
@@ -87,19 +91,29 @@ int run(char** words) {
     std::vector<int> used(counts.size(), 0);
     uint64_t left = random() % 8 == 0 ? random() % counts.size() : UINT64_MAX;  // experts until one fails
     bool failed = false;
+    auto* const input = &given[static_cast<size_t>(call)];
+    auto* const ran = &done[static_cast<size_t>(call)];
+    int enqueued = 0;
+    fake_cuda::enqueue(stream, [input] { ++*input; });
+    lanes.fork(stream);
     try {
-      cache.run_needed(counts.data(), stream, [&](int32_t expert, int32_t slot) {
+      cache.run_needed(counts.data(), lanes, [&](int32_t expert, int32_t slot, int32_t lane) {
         if (left-- == 0) throw invalid("one that fails");
         fake_cuda::note("use");
         ++used[static_cast<size_t>(expert)];
         auto const* const at = cache.slots() + static_cast<uint64_t>(slot) * cache.slot_bytes();
-        fake_cuda::enqueue(stream, [&, at, expert] {
+        ++enqueued;
+        fake_cuda::enqueue(lanes.stream(lane), [&wrong, &early, &store, &layout, &expected, at, expert, input, ran] {
+          ++*ran;
+          early += *input > 0 ? 0 : 1;
           wrong += holds(at, *store, layout, expected[static_cast<size_t>(expert)]) ? 0 : 1;
         });
       });
     } catch (Error const&) {
       failed = true;
     }
+    lanes.join();
+    fake_cuda::enqueue(stream, [&early, enqueued, ran] { early += *ran == enqueued ? 0 : 1; });
     for (size_t e = 0; e < counts.size(); ++e) {
       if (!failed && used[e] != (counts[e] > 0 ? 1 : 0)) {
         std::fprintf(stderr, "call %d used expert %zu %d times\n", call, e, used[e]);
@@ -110,7 +124,8 @@ int run(char** words) {
   }
   fake_cuda::finish();
   if (wrong > 0) std::fprintf(stderr, "%d experts were not in their slots when they were used\n", wrong);
-  return wrong > 0 ? 1 : 0;
+  if (early > 0) std::fprintf(stderr, "%d times a run began before its input or ended before its experts\n", early);
+  return wrong + early > 0 ? 1 : 0;
 }
 
 }  // namespace

@@ -14,14 +14,16 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <set>
 #include <utility>
 #include <vector>
 
 namespace {
 
 struct FakeEvent {
-  uint64_t recorded = 0;  // times that a record was enqueued,
-  uint64_t reached = 0;   // the newest of them that was reached
+  uint64_t recorded = 0;        // times that a record was enqueued,
+  std::set<uint64_t> reached;   // those of them that were reached: on several streams, in any order
+  bool has_reached(uint64_t number) const { return number == 0 || reached.count(number) > 0; }
 };
 
 struct Operation {
@@ -45,7 +47,7 @@ struct Runtime {
   Runtime() { streams.push_back(&default_stream); }
 
   static bool can_go(Operation const& operation) {
-    return operation.wait == nullptr || operation.wait->reached >= operation.number;
+    return operation.wait == nullptr || operation.wait->has_reached(operation.number);
   }
 
   // One operation of one stream; false if there is none that may be done.
@@ -59,9 +61,7 @@ struct Runtime {
     Operation const operation = std::move(stream->queue.front());
     stream->queue.pop_front();
     if (operation.work) operation.work();
-    if (operation.record != nullptr && operation.record->reached < operation.number) {
-      operation.record->reached = operation.number;
-    }
+    if (operation.record != nullptr) operation.record->reached.insert(operation.number);
     return true;
   }
 
@@ -209,13 +209,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   Lock const lock(runtime().mutex);
   uint64_t const number = event_of(event)->recorded;
-  runtime().run_until([&] { return event_of(event)->reached >= number; });
+  runtime().run_until([&] { return event_of(event)->has_reached(number); });
   return cudaSuccess;
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   Lock const lock(runtime().mutex);
-  return event_of(event)->reached >= event_of(event)->recorded ? cudaSuccess : cudaErrorNotReady;
+  return event_of(event)->has_reached(event_of(event)->recorded) ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, void const* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
