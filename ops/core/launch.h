@@ -11,7 +11,6 @@ namespace moe_infer {
 
 struct LaunchShape {
   unsigned blocks = 1;
-  unsigned blocks_y = 1;
   unsigned threads = 1;
   size_t shared_bytes = 0;
   unsigned cluster = 1;
@@ -37,7 +36,7 @@ void launch(void (*kernel)(Parameters...), LaunchShape const& shape, Arguments&&
     ++count;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks, shape.blocks_y, 1);
+  config.gridDim = dim3(shape.blocks, 1, 1);
   config.blockDim = dim3(shape.threads, 1, 1);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;

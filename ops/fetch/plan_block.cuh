@@ -8,12 +8,14 @@
 
 namespace moe_infer {
 
+// For up to kMost experts.
+template <int kMost>
 struct PlanShared {
-  uint64_t keys[kMaxExperts];           // of the slots
-  uint64_t worth[kMaxExperts];          // of keeping an expert that the call does not need
-  int32_t slot_of_expert[kMaxExperts];  // of needed experts; pending while on its way
-  int16_t missing[kMaxExperts];         // experts, in ascending order
-  uint8_t is_needed[kMaxExperts];
+  uint64_t keys[kMost];           // of the slots
+  uint64_t worth[kMost];          // of keeping an expert that the call does not need
+  int32_t slot_of_expert[kMost];  // of needed experts; pending while on its way
+  int16_t missing[kMost];         // experts, in ascending order
+  uint8_t is_needed[kMost];
   int32_t needed_count;
   int32_t evicted_count;
   int32_t guess;  // CopyOrders::guess
@@ -23,17 +25,20 @@ struct PlanShared {
 // below 2^62 (policy.h).
 __device__ inline uint64_t plan_key(uint64_t group, uint64_t worth) { return group << 62U | worth; }
 
-// One call:  BlockPlan<kThreads> plan(...);  wait_for_previous_kernel();  plan.begin();  then the block fills
+// One call:  BlockPlan<kThreads, kOwn> plan(...);  wait_for_previous_kernel();  plan.begin();  then the block fills
 // shared->is_needed in;  __syncthreads();  plan.decide().
 //
 // The tables are asked for before the kernel before has ended: only kernels that plan write them, and between two plans
 // of a layer there is always a kernel of this library that waits before it lets the next one start.
-template <int kThreads>
+// kOwn: experts of a thread, and slots; kThreads * kOwn are at least the layer's experts.
+template <int kThreads, int kOwn>
 class BlockPlan {
  public:
+  using Shared = PlanShared<kThreads * kOwn>;
+
   // Does all that does not depend on what is needed, while the kernel before still runs.
   __device__ BlockPlan(PolicySettings const& settings, int32_t experts, int32_t slots, FetchTables const& tables,
-                       PlanShared* shared)
+                       Shared* shared)
       : tables_(tables),
         shared_(shared),
         experts_(experts),
@@ -45,7 +50,9 @@ class BlockPlan {
       int32_t const e = i * kThreads + thread_;
       own_slots_[i] = e < experts ? tables.slot_of_expert[e] : 0;
       own_experts_[i] = e < slots ? tables.expert_of_slot[e] : -1;
-      if (e < experts) used_[i] = tables.histories[e];
+      if (e >= experts) continue;
+      used_[i] = tables.histories[e];
+      uses_[i] = tables.uses[e];
     }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -73,7 +80,6 @@ class BlockPlan {
     int32_t misses = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (i * kThreads >= experts_) break;
       int32_t const e = i * kThreads + thread_;
       bool const is_needed = e < experts_ && shared_->is_needed[e] != 0;
       bool const is_missing = is_needed && own_slots_[i] < 0;
@@ -81,7 +87,7 @@ class BlockPlan {
         ExpertHistory history = used_[i];
         if (is_missing) history.fetched = static_cast<uint32_t>(clock_);
         tables_.histories[e] = history;
-        atomicAdd(reinterpret_cast<unsigned long long*>(&tables_.uses[e]), 1ULL);  // waits for nothing
+        tables_.uses[e] = uses_[i] + 1;
         shared_->slot_of_expert[e] = own_slots_[i];
       }
       unsigned const needed = __ballot_sync(kAllLanes, is_needed);
@@ -100,7 +106,6 @@ class BlockPlan {
   static constexpr int kLanes = 32;
   static constexpr unsigned kAllLanes = 0xffffffffU;
   static constexpr float kNewest = 1.0F / 16;  // of a call, among those that recent_misses tells of
-  static constexpr int kOwn = (kMaxExperts + kThreads - 1) / kThreads;  // experts of a thread, and slots
 
   // Chooses slots for what is missing, and says what has to be copied.
   __device__ void place(int32_t misses) {
@@ -186,10 +191,11 @@ class BlockPlan {
   }
 
   FetchTables const& tables_;
-  PlanShared* shared_;
+  Shared* shared_;
   int32_t experts_, slots_, thread_;
   uint64_t clock_;
   ExpertHistory used_[kOwn];   // own experts' histories if the call needs them
+  int64_t uses_[kOwn];         // of own experts so far
   int32_t own_slots_[kOwn];    // of own experts
   int32_t own_experts_[kOwn];  // in own slots
   // Of thread 0.

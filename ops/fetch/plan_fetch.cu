@@ -11,7 +11,12 @@
 namespace moe_infer {
 namespace {
 
-constexpr int kThreads = 512;
+// Few: the block has to find room while the kernel before still runs, of which a layer's last one leaves no more
+// registers than these take on a multiprocessor. Else nothing of what can be done ahead is.
+constexpr int kThreads = 256;
+
+// Of a thread, of so many (BlockPlan).
+constexpr int own(int experts) { return (experts + kThreads - 1) / kThreads; }
 
 // The blocks after the one that plans.
 __device__ void copy_head(ExpertCopy const& head) {
@@ -25,12 +30,14 @@ unsigned blocks_of(ExpertCopy const& head) {
   return 1 + (head.head_chunks + kWarps - 1) / kWarps;
 }
 
+template <int kOwn>
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(PolicySettings const settings, int32_t const experts, int32_t const slots, int32_t const* counts,
                 ExpertCopy const head) {
   if (blockIdx.x > 0) return copy_head(head);
-  __shared__ PlanShared shared;
-  BlockPlan<kThreads> plan(settings, experts, slots, head.tables, &shared);
+  using Plan = BlockPlan<kThreads, kOwn>;
+  __shared__ typename Plan::Shared shared;
+  Plan plan(settings, experts, slots, head.tables, &shared);
   wait_for_previous_kernel();
   start_next_kernel();
   plan.begin();
@@ -46,8 +53,7 @@ template <int kItems>
 __device__ int32_t guess_missing(Guess const& guess, int32_t lane) {
   __shared__ int32_t chosen[kMostPlannedChoices];
   __shared__ float weights[kMostPlannedChoices];  // nobody needs them
-  auto const score = [&](int32_t expert) { return load_score(guess.scores, guess.dtype, expert); };
-  select_token<kItems>(guess.router, score, lane, chosen, weights);
+  select_token<kItems>(guess.router, {guess.scores, guess.dtype}, lane, chosen, weights);
   __syncwarp();
   for (int32_t first = 0; first < guess.router.top_k; first += kSelectLanes) {
     int32_t const i = first + lane;
@@ -67,18 +73,18 @@ __global__ void __launch_bounds__(kThreads)
                            int32_t const slots, ExpertCopy const head, Guess const guess) {
   if (blockIdx.x > 0) return copy_head(head);
   auto const& tables = head.tables;
-  __shared__ PlanShared shared;
+  using Plan = BlockPlan<kThreads, own(kItems * kSelectLanes)>;
+  __shared__ typename Plan::Shared shared;
   __shared__ int32_t chosen[kMostPlannedChoices];
   auto const thread = static_cast<int32_t>(threadIdx.x);
-  BlockPlan<kThreads> plan(settings, params.experts, slots, tables, &shared);
+  Plan plan(settings, params.experts, slots, tables, &shared);
   for (int32_t e = thread; e < params.experts; e += kThreads) shared.is_needed[e] = 0;
   wait_for_previous_kernel();
   start_next_kernel();
   plan.begin();
   __syncthreads();
   if (thread < kSelectLanes) {
-    auto const score = [&](int32_t expert) { return load_score(scores, dtype, expert); };
-    select_token<kItems>(params, score, thread, chosen, weight_of_choice);
+    select_token<kItems>(params, {scores, dtype}, thread, chosen, weight_of_choice);
     __syncwarp();
     for (int32_t i = thread; i < params.top_k; i += kSelectLanes) {
       shared.is_needed[chosen[i]] = 1;
@@ -103,7 +109,9 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  launch(&plan_kernel, shape, settings, experts, slots, counts, head);
+  with_select_items(experts, [&](auto items) {
+    launch(&plan_kernel<own(decltype(items)::value * kSelectLanes)>, shape, settings, experts, slots, counts, head);
+  });
 }
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,

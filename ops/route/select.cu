@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(kSelectLanes* kWarps)
   int const lane = static_cast<int>(threadIdx.x) % kSelectLanes;
   int64_t const token = static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kSelectLanes;
   if (token >= tokens) return;  // the whole warp
-  auto const score = [&](int32_t expert) { return load_score(scores, dtype, token * params.experts + expert); };
-  select_token<kItems>(params, score, lane, expert_of_choice + token * params.top_k,
+  select_token<kItems>(params, {scores, dtype, token * params.experts}, lane, expert_of_choice + token * params.top_k,
                        weight_of_choice + token * params.top_k);
 }
 

@@ -1,7 +1,8 @@
 // How one warp chooses the experts of one token and their weights: every router's arithmetic, in float32.
 //
-// A lane holds what ranks experts lane, lane + 32, ... as sortable keys in registers. Each of the top_k rounds takes
-// the largest key of the warp, and of those that have it the one of the lowest index.
+// A lane holds what ranks kItems consecutive experts, as sortable keys in registers. Each of the top_k rounds takes the
+// largest key of the warp; of those that have it, that of the lowest index is the first one of the first lane. A round
+// waits for nothing but the one before: indices and weights are the business of the lane whose number the choice has.
 #pragma once
 
 #include <cstdint>
@@ -26,18 +27,38 @@ void with_select_items(int32_t experts, F&& f) {
   return f(std::integral_constant<int, 32>{});
 }
 
-__device__ inline float load_score(void const* scores, DataType dtype, int64_t i) {
-  switch (dtype) {
-    case DataType::kFloat16:
-      return to_float(static_cast<__half const*>(scores)[i]);
-    case DataType::kBFloat16:
-      return to_float(static_cast<__nv_bfloat16 const*>(scores)[i]);
-    default:
-      return static_cast<float const*>(scores)[i];
-  }
-}
+// The scores of one token.
+struct TokenScores {
+  void const* data = nullptr;
+  DataType dtype = DataType::kFloat32;
+  int64_t first = 0;  // the first expert's
+};
 
 namespace select {
+
+// Scores of experts first, first + 1, ... as far as there are any. All are asked for before the first one is used.
+template <class T, int kItems>
+__device__ void load_as(T const* scores, int32_t first, int32_t experts, float (&values)[kItems]) {
+  T raw[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (first + i < experts) raw[i] = scores[first + i];
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) values[i] = first + i < experts ? to_float(raw[i]) : 0.0F;
+}
+
+template <int kItems>
+__device__ void load(TokenScores const& scores, int32_t first, int32_t experts, float (&values)[kItems]) {
+  switch (scores.dtype) {
+    case DataType::kFloat16:
+      return load_as(static_cast<__half const*>(scores.data) + scores.first, first, experts, values);
+    case DataType::kBFloat16:
+      return load_as(static_cast<__nv_bfloat16 const*>(scores.data) + scores.first, first, experts, values);
+    default:
+      return load_as(static_cast<float const*>(scores.data) + scores.first, first, experts, values);
+  }
+}
 
 // Unsigned order of the result is the order of the floats; -0 equals +0. Never 0 for a number, so 0 marks "not there".
 __device__ inline uint32_t sortable(float x) {
@@ -66,29 +87,30 @@ struct Largest {
   int32_t index;
 };
 
-// The largest of the warp's keys, of equals that of the lowest index; key 0 and index -1: none is there. The same in
-// all lanes.
+// Removes the largest of the warp's keys and returns it, the same in all lanes. Of equals that of the lowest index; a
+// lane has those from lane * kItems on.
 template <int kItems>
-__device__ Largest largest(uint32_t const (&keys)[kItems], int lane) {
-  uint32_t own = 0;
+__device__ Largest take_largest(uint32_t (&keys)[kItems], int lane) {
+  uint32_t larger[kItems];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) own = max(own, keys[i]);
-  uint32_t const best = __reduce_max_sync(kSelectAll, own);
-  if (best == 0) return {0, -1};
-  uint32_t index = ~0U;
+  for (int i = 0; i < kItems; ++i) larger[i] = keys[i];
+#pragma unroll
+  for (int count = kItems / 2; count > 0; count /= 2) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) larger[i] = max(larger[i], larger[i + count]);
+  }
+  uint32_t const best = __reduce_max_sync(kSelectAll, larger[0]);
+  int const owner = __ffs(static_cast<int>(__ballot_sync(kSelectAll, larger[0] == best))) - 1;
+  int item = 0;
 #pragma unroll
   for (int i = kItems - 1; i >= 0; --i) {
-    if (keys[i] == best) index = static_cast<uint32_t>(i * kSelectLanes + lane);
+    if (keys[i] == best) item = i;
   }
-  return {best, static_cast<int32_t>(__reduce_min_sync(kSelectAll, index))};
-}
-
-template <int kItems>
-__device__ void remove(uint32_t (&keys)[kItems], int32_t index, int lane) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (i * kSelectLanes + lane == index) keys[i] = 0;
+    if (lane == owner && i == item) keys[i] = 0;
   }
+  return {best, __shfl_sync(kSelectAll, lane * kItems + item, owner)};
 }
 
 // Removes the keys of all experts outside the topk_group best groups. A group is as good as the sum of its two best
@@ -101,14 +123,15 @@ __device__ void keep_best_groups(RouterParams const& params, uint32_t (&keys)[kI
 #pragma unroll
   for (int item = 0; item < kGroupItems; ++item) {
     group_keys[item] = 0;
-    int32_t const first_group = item * kSelectLanes;
-    for (int32_t owner = 0; owner < kSelectLanes && first_group + owner < params.n_group; ++owner) {
-      int32_t const begin = (first_group + owner) * size;
+    for (int32_t owner = 0; owner < kSelectLanes; ++owner) {
+      int32_t const group = owner * kGroupItems + item;
+      if (group >= params.n_group) break;
+      int32_t const begin = group * size;
       float first = -INFINITY;
       float second = -INFINITY;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        int32_t const expert = i * kSelectLanes + lane;
+        int32_t const expert = lane * kItems + i;
         if (expert >= begin && expert < begin + size) {
           float const x = value_of(keys[i]);
           second = fmaxf(second, fminf(first, x));
@@ -128,27 +151,26 @@ __device__ void keep_best_groups(RouterParams const& params, uint32_t (&keys)[kI
 
   unsigned open[kGroupItems] = {};  // a bit a group, the same in all lanes
   for (int32_t k = 0; k < params.topk_group; ++k) {
-    int32_t const group = largest(group_keys, lane).index;
-    remove(group_keys, group, lane);
+    int32_t const group = take_largest(group_keys, lane).index;
 #pragma unroll
     for (int item = 0; item < kGroupItems; ++item) {
-      if (group / kSelectLanes == item) open[item] |= 1U << (group % kSelectLanes);
+      if (group % kGroupItems == item) open[item] |= 1U << (group / kGroupItems);
     }
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    int32_t const group = (i * kSelectLanes + lane) / size;
+    int32_t const group = (lane * kItems + i) / size;
     bool is_open = false;
 #pragma unroll
     for (int item = 0; item < kGroupItems; ++item) {
-      if (group / kSelectLanes == item) is_open = (open[item] >> (group % kSelectLanes) & 1U) != 0;
+      if (group % kGroupItems == item) is_open = (open[item] >> (group / kGroupItems) & 1U) != 0;
     }
     if (!is_open) keys[i] = 0;
   }
 }
 
-// What sparse_mixer divides by for a choice with score `best`: the exponentials of the scores that are still there and
-// near enough. 0 / 0 and infinity / infinity are NaN, which is not greater: such a score counts.
+// What sparse_mixer divides by for a choice with score `best`, without its own exponential: those of the scores that
+// are still there and near enough. 0 / 0 and infinity / infinity are NaN, which is not greater: such a score counts.
 template <int kItems>
 __device__ float sum_near(uint32_t const (&keys)[kItems], float best, float jitter) {
   float sum = 0.0F;
@@ -164,29 +186,28 @@ __device__ float sum_near(uint32_t const (&keys)[kItems], float best, float jitt
 
 }  // namespace select
 
-// Called by all 32 lanes of a warp. `score(expert)` gives a score in float32 and may be called by any lane for any
-// expert below params.experts, so the scores lie in memory that the whole warp sees. Writes params.top_k entries to
-// `chosen` and `weights`, in the order of the choices; a token with NaN among its scores gets experts 0, 1, ... with
-// weights NaN.
-template <int kItems, class Score>
-__device__ void select_token(RouterParams const& params, Score const& score, int lane, int32_t* __restrict__ chosen,
-                             float* __restrict__ weights) {
+// Called by all 32 lanes of a warp, which has all scores in sight. Writes params.top_k entries to `chosen` and
+// `weights`, in the order of the choices; a token with NaN among its scores gets experts 0, 1, ... with weights NaN.
+template <int kItems>
+__device__ void select_token(RouterParams const& params, TokenScores const& scores, int lane,
+                             int32_t* __restrict__ chosen, float* __restrict__ weights) {
   using namespace select;
   // sigmoid changes no order, so by itself it need not be computed for all.
   bool const limited = params.topk_group < params.n_group;
   bool const by_sigmoid = params.router_bias != nullptr || limited;
+  float values[kItems];
+  load(scores, lane * kItems, params.experts, values);
   uint32_t keys[kItems];
   bool has_nan = false;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    int32_t const expert = i * kSelectLanes + lane;
-    keys[i] = 0;
-    if (expert < params.experts) {
-      float x = score(expert);
-      has_nan = has_nan || isnan(x);
-      if (by_sigmoid) x = sigmoid(x) + (params.router_bias == nullptr ? 0.0F : params.router_bias[expert]);
-      keys[i] = sortable(x);
+    int32_t const expert = lane * kItems + i;
+    float x = values[i];
+    has_nan = has_nan || isnan(x);
+    if (by_sigmoid && expert < params.experts) {
+      x = sigmoid(x) + (params.router_bias == nullptr ? 0.0F : params.router_bias[expert]);
     }
+    keys[i] = expert < params.experts ? sortable(x) : 0;
   }
   if (__any_sync(kSelectAll, has_nan)) {
     for (int32_t k = lane; k < params.top_k; k += kSelectLanes) {
@@ -201,20 +222,32 @@ __device__ void select_token(RouterParams const& params, Score const& score, int
   bool const softmax = router == Router::kSoftmaxTopK || router == Router::kTopKSoftmax;
   bool const over_all = router == Router::kSoftmaxTopK && !params.normalize;
   float highest = 0.0F;  // score of the first choice
-  float newest = 0.0F;   // weight of the lane's last choice so far
   float denominator = 0.0F;
-  for (int32_t k = 0; k < params.top_k; ++k) {
-    Largest const best = largest(keys, lane);
-    int32_t const expert = best.index;
-    float const value = value_of(best.key);
-    if (k == 0) {
-      highest = value;
+  float newest = 0.0F;  // weight of the lane's last choice so far
+  for (int32_t first = 0; first < params.top_k; first += kSelectLanes) {
+    int32_t const count = min(kSelectLanes, params.top_k - first);
+    Largest own = {};  // of the lane's choice
+    float share = 1.0F;
+    for (int32_t k = 0; k < count; ++k) {
+      Largest const best = take_largest(keys, lane);
+      if (lane == k) own = best;
+      if (router == Router::kSparseMixer) {
+        float const value = value_of(best.key);
+        float const itself = expf(value - value);  // NaN of infinity, as in the reference
+        float const all = itself + sum_near(keys, value, params.jitter);
+        if (lane == k) share = itself / all;
+      }
+    }
+    float const value = value_of(own.key);
+    if (first == 0) {
+      highest = __shfl_sync(kSelectAll, value, 0);
       if (over_all) {
+        float sum = lane < count ? expf(value - highest) : 0.0F;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          if (keys[i] != 0) denominator += expf(value_of(keys[i]) - highest);
+          if (keys[i] != 0) sum += expf(value_of(keys[i]) - highest);
         }
-        denominator = warp_sum(denominator);
+        denominator = warp_sum(sum);
       }
     }
 
@@ -224,16 +257,20 @@ __device__ void select_token(RouterParams const& params, Score const& score, int
     } else if (router == Router::kBaseLayer) {
       weight = sigmoid(value);
     } else if (router == Router::kSigmoidTopK) {
-      weight = sigmoid(by_sigmoid ? score(expert) : value);
+      float score[1] = {value};
+      if (by_sigmoid) load(scores, own.index, params.experts, score);
+      weight = sigmoid(score[0]);
     } else if (router == Router::kSparseMixer) {
-      weight = expf(value - value) / sum_near(keys, value, params.jitter);
+      weight = share;
     }
-    remove(keys, expert, lane);
-    if (!over_all) denominator += weight;
-    if (lane == k % kSelectLanes) {
-      chosen[k] = expert;
+    if (!over_all) {  // in the order of the choices
+#pragma unroll 8
+      for (int32_t k = 0; k < count; ++k) denominator += __shfl_sync(kSelectAll, weight, k);
+    }
+    if (lane < count) {
+      chosen[first + lane] = own.index;
       newest = weight;
-      if (k + kSelectLanes < params.top_k) weights[k] = weight;
+      if (first + lane + kSelectLanes < params.top_k) weights[first + lane] = weight;
     }
   }
   if (router == Router::kSigmoidTopK) denominator += 1e-20F;

@@ -38,7 +38,8 @@ struct Parameters {
   void const* token;
   void* inner;
   void* output;
-  ExpertCopy copy;  // if it has blocks: those of the first kernel that come before all others
+  uint32_t blocks_of_choice;  // of the first kernel
+  ExpertCopy copy;            // if it has blocks: those of the first kernel that come before all others
 };
 
 // Which expert a block works for.
@@ -213,27 +214,23 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
   }
 }
 
-// inner row: act(gate) * up, or act(up). Block (x, choice): each warp has kRows weight rows. If they also copy, that is
-// what the blocks (x, 0) do, and the choices follow.
+// inner row: act(gate) * up, or act(up). Each choice has p.blocks_of_choice blocks, whose warps have kRows weight rows
+// each. The grid is one row: as a row of its own of the grid, the blocks that copy would be as many as a choice's, and
+// multiprocessors that idle ones wait on would get fewer of the others.
 template <class T, bool kFetches>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
   auto* const staged = reinterpret_cast<T*>(raw);
   wait_for_previous_kernel();
   start_next_kernel();
-  auto choice = static_cast<int32_t>(blockIdx.y);
+  uint32_t block = blockIdx.x;
   if constexpr (kFetches) {
-    if (p.copy.blocks > 0) {
-      // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
-      if (choice == 0) {
-        if (blockIdx.x < p.copy.blocks) copy_in_block<kThreads>(p.copy, blockIdx.x);
-        return;
-      }
-      --choice;
-    }
+    // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
+    if (block < p.copy.blocks) return copy_in_block<kThreads>(p.copy, block);
+    block -= p.copy.blocks;
   }
   Expert expert;
-  if (!find_expert<kFetches>(p, choice, &expert)) return;
+  if (!find_expert<kFetches>(p, static_cast<int32_t>(block / p.blocks_of_choice), &expert)) return;
   if constexpr (kFetches) wait_in_block(p, &expert);
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
@@ -241,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
   if (p.expert_of_choice == nullptr) token += expert.row * d_model;
   bool const gated = layer.activation.gated;
   int64_t const weight_rows = gated ? 2 * layer.shape.hidden_size : layer.shape.hidden_size;
-  int64_t const row = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kRows;
+  int64_t const row = (static_cast<int64_t>(block % p.blocks_of_choice) * kWarps + threadIdx.x / kLanes) * kRows;
   auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.first_offset) + row * d_model;
   if (row < weight_rows) prefetch_rows(weights, d_model, d_model);
   stage_token(p, expert, token, staged);
@@ -363,16 +360,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 unsigned divide_up(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
 template <bool kFetches>
-void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
+void run_kernels(Parameters p, bool overlap, cudaStream_t stream) {
   auto const& shape = p.layer.shape;
   int32_t const choices = p.expert_of_choice == nullptr ? 1 : p.top_k;
   with_element(shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     LaunchShape first;
     int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
-    first.blocks = divide_up(weight_rows, kWarps * kRows);
-    first.blocks = std::max(first.blocks, p.copy.blocks);
-    first.blocks_y = static_cast<unsigned>(choices) + (p.copy.blocks > 0 ? 1U : 0U);
+    p.blocks_of_choice = divide_up(weight_rows, kWarps * kRows);
+    first.blocks = p.copy.blocks + static_cast<unsigned>(choices) * p.blocks_of_choice;
     first.threads = kThreads;
     first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
     first.overlap = overlap;
@@ -383,7 +379,6 @@ void run_kernels(Parameters const& p, bool overlap, cudaStream_t stream) {
     int32_t const quads = std::max(1, kWarps / (choices * parts));
     LaunchShape second = first;
     second.blocks = divide_up(shape.d_model, static_cast<int64_t>(quads) * kRows);
-    second.blocks_y = 1;
     second.shared_bytes = static_cast<size_t>(quads * choices * parts * kRows) * sizeof(float);
     launch(&second_kernel<T, kFetches>, second, p, quads, parts);
   });
@@ -414,12 +409,13 @@ void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token
                      token.hidden_states,
                      inner,
                      token.output,
+                     0,
                      token.copy};
   token.slot_of_choice != nullptr ? run_kernels<true>(p, overlap, stream) : run_kernels<false>(p, overlap, stream);
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, nullptr, call.input, inner, call.output, {}};
+  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, nullptr, call.input, inner, call.output, 0, {}};
   run_kernels<false>(p, false, call.stream);
 }
 

@@ -26,12 +26,17 @@ std::array<uint64_t, kLanes> const& exchange(uint64_t value) {
 }  // namespace
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int offset) {
+T __shfl_sync(unsigned, T value, int lane) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(value));
-  bits = exchange(bits)[turns.thread() ^ static_cast<size_t>(offset)];
+  bits = exchange(bits)[static_cast<size_t>(lane)];
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned all, T value, int offset) {
+  return __shfl_sync(all, value, static_cast<int>(turns.thread()) ^ offset);
 }
 
 inline bool __any_sync(unsigned, bool value) {
@@ -46,10 +51,14 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   return static_cast<uint32_t>(*std::max_element(all.begin(), all.end()));
 }
 
-inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
-  auto const& all = exchange(value);
-  return static_cast<uint32_t>(*std::min_element(all.begin(), all.end()));
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned bits = 0;
+  auto const& all = exchange(value ? 1 : 0);
+  for (size_t lane = 0; lane < kLanes; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
+  return bits;
 }
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits = 0;
@@ -65,6 +74,7 @@ inline float __uint_as_float(uint32_t bits) {
 
 using std::isnan;
 using std::max;
+using std::min;
 
 #include "route/select_token.cuh"
 
@@ -80,9 +90,8 @@ struct Token {
 
 template <int kItems>
 void run_lane() {
-  moe_infer::select_token<kItems>(
-      token.params, [](int32_t expert) { return token.scores[expert]; }, static_cast<int>(turns.thread()), token.chosen,
-      token.weights);
+  moe_infer::select_token<kItems>(token.params, {token.scores, moe_infer::DataType::kFloat32, 0},
+                                  static_cast<int>(turns.thread()), token.chosen, token.weights);
 }
 
 }  // namespace
