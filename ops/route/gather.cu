@@ -17,11 +17,15 @@ __global__ void gather_kernel(Unit const* __restrict__ hidden_states, int32_t co
                               int64_t columns, int32_t top_k, Unit* __restrict__ grouped) {
   int64_t const token = blockIdx.x;
   int32_t const* const rows = row_of_choice + token * top_k;
+  // What the layer is given has long been written (grid_dependency.cuh), only the rows may still be on their way.
+  int64_t i = threadIdx.x;
+  Unit unit = hidden_states[token * columns + min(i, columns - 1)];
   wait_for_previous_kernel();
   start_next_kernel();
-  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {
-    Unit const unit = hidden_states[token * columns + i];
+  while (i < columns) {
     for (int32_t k = 0; k < top_k; ++k) grouped[rows[k] * columns + i] = unit;
+    i += blockDim.x;
+    if (i < columns) unit = hidden_states[token * columns + i];
   }
 }
 
