@@ -67,28 +67,30 @@ void ExpertBus::bring(int64_t layer, FetchItem const* items, int32_t count, cuda
   batch_.clear();  // after a call that failed
   flags_.clear();
   int32_t const guessed = find_guess(layer, items, count);
-  // First what the bus waits for.
-  if (guessed >= 0) copy_rest(*own.source, items[guessed]);
+  if (guessed >= 0) {                // first what the bus waits for
+    arrived_.record(copies_.get());  // what was sent
+    copy(*own.source, items[guessed], sent_, count == 1);
+  }
   int32_t const last = guessed == count - 1 ? count - 2 : count - 1;
   for (int32_t i = 0; i <= last; ++i) {
-    if (i != guessed) copy(*own.source, items[i], i == 0 ? own.source->head_bytes : 0, i == last);
+    if (i != guessed) copy(*own.source, items[i], {0, i == 0 ? own.source->head_bytes : 0}, i == last);
   }
   if (guessed >= 0) move(&own, items[guessed], stream);
 }
 
-// Adds the expert's parts, without the first `from` bytes of the first one, to the batch, and ends a batch that is
-// large enough. In between flags rise only for the last expert: a rise holds the bus up for more than a microsecond,
-// and while another expert follows, nobody waits for the one before.
-void ExpertBus::copy(CopySource const& source, FetchItem const& item, uint64_t from, bool is_last) {
+// Adds the expert's parts, as from a place in one of them, to the batch, and ends a batch that is large enough. In
+// between flags rise only for the last expert: a rise holds the bus up for more than a microsecond, and while another
+// expert follows, nobody waits for the one before.
+void ExpertBus::copy(CopySource const& source, FetchItem const& item, Place from, bool is_last) {
   uint8_t* const slot = source.slot(item.slot);
   uint32_t* const flag = source.there + item.slot;
-  for (size_t i = 0; i < source.parts.size(); ++i) {
+  for (size_t i = from.part; i < source.parts.size(); ++i) {
     auto const& part = source.parts[i];
     if (is_last && part.late && i > 0 && !source.parts[i - 1].late) {
       flags_.add(flag, kFirstThere);
       end_batch();
     }
-    uint64_t const skip = i == 0 ? from : 0;
+    uint64_t const skip = i == from.part ? from.offset : 0;
     batch_.add(slot + part.offset_in_slot + skip, source.address(item.expert, i) + skip, part.bytes - skip);
   }
   flags_.add(flag, kAllThere);
@@ -108,8 +110,7 @@ void ExpertBus::guess(int64_t layer, int32_t expert) {
   auto const found = layers_.find(layer);
   if (expert < 0 || found == layers_.end()) return;
   auto const& own = found->second;
-  part_ = 0;
-  offset_ = 0;
+  sent_ = {};
   fetches_ = own.right >= kLeastRight && make_place(own.source->slot_bytes);
   guessed_expert_ = expert;
   guessed_layer_ = layer;  // last: there is a guess when all of it stands
@@ -120,7 +121,7 @@ void ExpertBus::feed() {
   if (!lock.owns_lock() || guessed_layer_ == 0 || !fetches_) return;
   auto const& source = *layers_.at(guessed_layer_).source;
   if (sent_of(source) == 0 && !place_is_free()) return;
-  while (part_ < source.parts.size()) {
+  while (sent_.part < source.parts.size()) {
     uint32_t const come = __atomic_load_n(arrived_pieces_.as<uint32_t>(), __ATOMIC_RELAXED);
     if (sent_pieces_ - come >= kMostOnTheirWay) return;
     send_piece(source);
@@ -128,18 +129,15 @@ void ExpertBus::feed() {
 }
 
 void ExpertBus::send_piece(CopySource const& source) {
-  auto const& part = source.parts[part_];
-  uint64_t const bytes = std::min(kPieceBytes, part.bytes - offset_);
-  MOE_CUDA_CHECK(cudaMemcpyAsync(place_.bytes() + part.offset_in_slot + offset_,
-                                 source.address(guessed_expert_, part_) + offset_, bytes, cudaMemcpyHostToDevice,
-                                 copies_.get()));
+  auto const& part = source.parts[sent_.part];
+  uint64_t const bytes = std::min(kPieceBytes, part.bytes - sent_.offset);
+  MOE_CUDA_CHECK(cudaMemcpyAsync(place_.bytes() + part.offset_in_slot + sent_.offset,
+                                 source.address(guessed_expert_, sent_.part) + sent_.offset, bytes,
+                                 cudaMemcpyHostToDevice, copies_.get()));
   flags_.write(copies_.get(), arrived_pieces_.as<uint32_t>(), sent_pieces_ + 1);
   ++sent_pieces_;
-  offset_ += bytes;
-  if (offset_ == part.bytes) {
-    ++part_;
-    offset_ = 0;
-  }
+  sent_.offset += bytes;
+  if (sent_.offset == part.bytes) sent_ = {sent_.part + 1, 0};
 }
 
 // The layer has chosen, so its guess is over. Place of the guessed expert in `items`; -1: it is not among them, or
@@ -154,18 +152,6 @@ int32_t ExpertBus::find_guess(int64_t layer, FetchItem const* items, int32_t cou
   if (is_right && sent_of(*own.source) > 0) return static_cast<int32_t>(found - items);
   drop_guess();
   return -1;
-}
-
-void ExpertBus::copy_rest(CopySource const& source, FetchItem const& item) {
-  arrived_.record(copies_.get());  // what was sent
-  for (size_t i = part_; i < source.parts.size(); ++i) {
-    auto const& part = source.parts[i];
-    uint64_t const sent = sent_of(source, i);
-    MOE_CUDA_CHECK(cudaMemcpyAsync(source.slot(item.slot) + part.offset_in_slot + sent,
-                                   source.address(item.expert, i) + sent, part.bytes - sent, cudaMemcpyHostToDevice,
-                                   copies_.get()));
-  }
-  flags_.write(copies_.get(), source.there + item.slot, kAllThere);
 }
 
 // What was sent, into the slot. The flag does not tell of it: the kernels that read it are enqueued behind.
@@ -197,7 +183,7 @@ void ExpertBus::drop_guess() {
 
 // Bytes of a part of the guessed expert that are in the place, or on their way there.
 uint64_t ExpertBus::sent_of(CopySource const& source, size_t part) const {
-  return part < part_ ? source.parts[part].bytes : part == part_ ? offset_ : 0;
+  return part < sent_.part ? source.parts[part].bytes : part == sent_.part ? sent_.offset : 0;
 }
 
 uint64_t ExpertBus::sent_of(CopySource const& source) const {

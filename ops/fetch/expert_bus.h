@@ -73,10 +73,15 @@ class ExpertBus {
     AheadCounters counters;
   };
 
-  void copy(CopySource const& source, FetchItem const& item, uint64_t from, bool is_last);
+  // A place in an expert: `offset` bytes into a part.
+  struct Place {
+    size_t part = 0;
+    uint64_t offset = 0;
+  };
+
+  void copy(CopySource const& source, FetchItem const& item, Place from, bool is_last);
   void end_batch();
   int32_t find_guess(int64_t layer, FetchItem const* items, int32_t count);
-  void copy_rest(CopySource const& source, FetchItem const& item);
   void move(Layer* own, FetchItem const& item, cudaStream_t stream);
   void send_piece(CopySource const& source);
   uint64_t sent_of(CopySource const& source, size_t part) const;
@@ -104,8 +109,7 @@ class ExpertBus {
   int64_t guessed_layer_ = 0;  // 0: none
   int32_t guessed_expert_ = -1;
   bool fetches_ = false;  // or only sees whether it is right
-  size_t part_ = 0;       // of the expert: parts before this have been sent,
-  uint64_t offset_ = 0;   // and so many bytes of this one
+  Place sent_;            // what comes before has been sent
 };
 
 }  // namespace moe_infer

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/layer_config.h"
+#include "gemm/group_search.cuh"
 #include "gemm/hopper_primitives.cuh"
 #include "sublayers/sub_layer.h"
 
@@ -94,20 +95,12 @@ struct UnitsOfGroups {
   int32_t const* end;  // (groups.count), shared memory: units of groups 0 .. g
 
   __device__ Unit at(int32_t index) const {
-    int32_t low = 0;
-    int32_t high = groups.count;
-    while (low < high) {
-      int32_t const middle = (low + high) / 2;
-      if (end[middle] <= index) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    if (low == groups.count) return {0, 0, 0, 0};
-    int32_t const local = index - (low == 0 ? 0 : end[low - 1]);
-    int32_t const begin = groups.row_begin[low];
-    int32_t const rows = groups.row_end[low] - begin;
+    auto const first_unit = [this](int32_t g) { return g == 0 ? 0 : end[g - 1]; };
+    int32_t const group = last_group_before(groups.count, index, first_unit);  // the first one has unit 0
+    if (index >= end[group]) return {0, 0, 0, 0};
+    int32_t const local = index - first_unit(group);
+    int32_t const begin = groups.row_begin[group];
+    int32_t const rows = groups.row_end[group] - begin;
     int32_t const tiles = (rows + tile_rows - 1) / tile_rows;
     int32_t const first_tile = local / (kTilesTogether * blocks) * kTilesTogether;
     int32_t const together = min(kTilesTogether, tiles - first_tile);
@@ -119,7 +112,7 @@ struct UnitsOfGroups {
     int32_t const larger = grains % tiles;  // tiles with one grain more; they come first
     int32_t const first_row = (tile * least + min(tile, larger)) * grain;
     int32_t const size = (least + (tile < larger ? 1 : 0)) * grain;
-    return {begin + first_row, min(size, rows - first_row), rest / together, groups.slot_of_group[low]};
+    return {begin + first_row, min(size, rows - first_row), rest / together, groups.slot_of_group[group]};
   }
 };
 

@@ -38,8 +38,8 @@ struct Place {
 template <class TileT>
 __device__ inline Place place_of_tile(ExpertGroups const& groups, int64_t tile, int64_t column_tiles) {
   Place place;
-  place.group =
-      last_group_before(groups, tile / column_tiles, [&](int32_t g) { return first_tile<TileT::kRows>(groups, g); });
+  place.group = last_group_before(groups.count, tile / column_tiles,
+                                  [&](int32_t g) { return first_tile<TileT::kRows>(groups, g); });
   int64_t const first = first_tile<TileT::kRows>(groups, place.group);
   int64_t const row_tiles = first_tile<TileT::kRows>(groups, place.group + 1) - first;
   int64_t const in_group = tile - first * column_tiles;
