@@ -27,6 +27,7 @@ from moe_bench.cases import CASES, DTYPES, TOKENS, Case
 from moe_bench.check import Error, WrongResultError, compare, expect, judge
 from moe_bench.floor import Rates, floor_ms, target_verdict
 from moe_bench.inputs import InputSet, make_inputs, mean_active
+from moe_bench.machine import state_under_load
 from moe_bench.peers.bare import BareLayer
 from moe_bench.rates import measure_rates
 from moe_bench.routing import ROUTINGS
@@ -89,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dir", default="/dev/shm", help="where the weight file lies for a while")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--kernels", action="store_true", help="list the kernels of a run")
+    parser.add_argument("--clocks", action="store_true", help="clock and power at each point")
     parser.add_argument(
         "--profile",
         nargs=2,
@@ -141,6 +143,9 @@ def sweep(
         f" {result.median / floor:6.3f} {active:6.1f} {target:>16} {error.largest:8.2g}",
         flush=True,
     )
+    if options.clocks:
+        record["under_load"] = state_under_load(graph.replay)
+        print(f"    {', '.join(record['under_load'].values())}", flush=True)
     if options.kernels:
         print_kernels(layer, sets)
     return record

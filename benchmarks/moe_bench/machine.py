@@ -6,6 +6,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ _STATE = (
     "clocks_event_reasons.active",
 )
 
+_UNDER_LOAD = ("clocks.sm", "power.draw.instant", "clocks_event_reasons.active")
+
 
 def describe() -> dict[str, Any]:
     """The machine, versions and the commit."""
@@ -49,6 +54,23 @@ def describe() -> dict[str, Any]:
 def gpu_state() -> dict[str, str]:
     """Clocks, power and temperature as nvidia-smi tells them."""
     return query(*_STATE)
+
+
+def state_under_load(work: Callable[[], Any], seconds: float = 1.5) -> dict[str, str]:
+    """Clock, power and what holds the clock down, while the GPU does nothing but ``work``.
+
+    Args:
+        work: enqueues some; called over and over.
+        seconds: for which it is done; asked is when half of them are over.
+    """
+    end = time.perf_counter() + seconds
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: time.sleep(seconds / 2) or query(*_UNDER_LOAD))
+        while not asked.done() or time.perf_counter() < end:
+            for _ in range(8):
+                work()
+            torch.cuda.synchronize()
+    return asked.result()
 
 
 def query(*fields: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from moe_bench.streaming.steps import against_floor, time_steps, times
 from moe_bench.weights import TORCH_DTYPES, Experts
 
 COLD_SAMPLES = 5
+# The sample before has just given back gigabytes of GPU memory, which the driver clears for a while
+# beside whatever runs; a layer in use has had no such neighbour.
+SETTLE_S = 0.1
 WARM_RUNS = 16
 
 
@@ -165,6 +169,7 @@ class Run:
                 break
             with self._chain() as chain:
                 bound = open_bound(chain, self.calls.x, begin_logits)
+                time.sleep(SETTLE_S)
                 before = chain.counters()
                 bound.poison()
                 (ms,) = time_steps(lambda _, b=bound: b.step(self.calls.logits[0]), 1, 0, 1)
