@@ -131,7 +131,8 @@ def sweep(
         raise result
     active = mean_active(sets)
     floor = floor_ms(case, tokens, active, rates.read, rates.dense[dtype])
-    record |= {"ms": result.median, "floor_ms": floor, "active": active, "error": error.largest}
+    record |= {"ms": result.median, "p10": result.p10, "p90": result.p90}
+    record |= {"floor_ms": floor, "active": active, "error": error.largest}
     target = ""
     if options.routing == "uniform":
         verdict = target_verdict(case, tokens, result.median, floor, card)
