@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The package itself is used from this tree; the plugin is compiled by tools/build_native.py.
 EDITABLE := MOE_INFER_BUILD=0
-OUR_CPP = $(shell find ops -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+OUR_CPP = $(shell find ops tests/native -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 # Wheels of TensorRT's bindings that go with .tensorrt/lib; there are none for Python 3.13 and newer.
 BINDINGS := tensorrt-cu12-bindings==10.6.0
 

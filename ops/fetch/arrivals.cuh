@@ -38,6 +38,9 @@ __device__ inline void publish_chunk(uint64_t* chunks_done, bool is_late, uint32
 __device__ inline void store_release(uint32_t* address, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+__device__ inline void store_release_to_host(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
 __device__ inline uint32_t load_acquire(uint32_t const* address) {
   uint32_t value = 0;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

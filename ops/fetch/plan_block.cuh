@@ -171,8 +171,7 @@ class BlockPlan {
     *tables_.orders.count = misses;
     *tables_.orders.guess = shared_->guess;
     __threadfence_system();
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(tables_.orders.number), "r"(tables_.orders.wanted)
-                 : "memory");
+    store_release_to_host(tables_.orders.number, tables_.orders.wanted);
   }
 
   __device__ void finish(int32_t needed, int32_t misses) {

@@ -1,6 +1,6 @@
 // Runs of an expert cache on a CUDA runtime that does what streams allow in any order (fake_cuda.h). When an expert
-// runs it must lie in its slot, whole, and the run's input must be there; what comes after the run finds all its experts
-// done.
+// runs it must lie in its slot, whole, and the run's input must be there; what comes after the run finds all its
+// experts done.
 //
 //   cache_order PATH EXPERTS HIDDEN_SIZE SLOTS SEED CALLS
 //

@@ -21,8 +21,8 @@
 namespace {
 
 struct FakeEvent {
-  uint64_t recorded = 0;        // times that a record was enqueued,
-  std::set<uint64_t> reached;   // those of them that were reached: on several streams, in any order
+  uint64_t recorded = 0;       // times that a record was enqueued,
+  std::set<uint64_t> reached;  // those of them that were reached: on several streams, in any order
   bool has_reached(uint64_t number) const { return number == 0 || reached.count(number) > 0; }
 };
 
