@@ -1,7 +1,9 @@
 #include "tensorrt/moe_layer_plugin.h"
 
+#include <algorithm>
 #include <limits>
 #include <new>
+#include <string>
 #include <utility>
 
 #include "core/cuda_check.h"
@@ -132,6 +134,11 @@ int32_t MoELayerPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, i
     LayerPlan const plan(config_, known);
     ExpertStore::open(config_, known.d_model);
     fields_.remember_inputs(known);
+    auto const& most = inputs[kHiddenStates].max;
+    if (std::all_of(most.d, most.d + most.nbDims, [](auto dimension) { return dimension >= 0; })) {
+      int64_t const tokens = count_tokens(most);
+      fields_.remember_workspace({tokens, plan.layout(tokens, nullptr, nullptr)});
+    }
   });
 }
 
@@ -166,7 +173,21 @@ void MoELayerPlugin::keep_failure(int32_t status) noexcept {
   }
 }
 
+// TensorRT gives a run the workspace that the engine was built with.
+void MoELayerPlugin::check_workspace() const {
+  auto const inputs = fields_.inputs();
+  auto const asked = fields_.workspace();
+  if (!inputs || !asked) return;
+  size_t const needed = LayerPlan(config_, *inputs).layout(asked->tokens, nullptr, nullptr);
+  if (needed <= asked->bytes) return;
+  throw invalid("MoELayer: the engine was built by another version of moe_infer: it has a workspace of " +
+                std::to_string(asked->bytes) + " bytes for " + std::to_string(asked->tokens) +
+                " tokens, and this version needs " + std::to_string(needed) +
+                "; delete the engine (ONNX Runtime: in the folder trt_engine_cache_path) and build it again");
+}
+
 void MoELayerPlugin::make_layer(LayerInputs const& inputs) {
+  check_workspace();
   layer_.reset();  // its memory, before more is taken
   layer_ = std::make_unique<MoELayer>(config_, inputs);
   auto const note = layer_->note();
@@ -228,7 +249,7 @@ void MoELayerPlugin::run(PluginTensorDesc const* input_desc, void const* const* 
     next = {inputs[kNextRouterLogits], static_cast<int32_t>(desc.dims.d[desc.dims.nbDims - 1]),
             to_data_type(desc.type)};
   }
-  // TensorRT gives the workspace that getWorkspaceSize asked for and does not say its size here.
+  // TensorRT does not say the size of the workspace here: check_workspace.
   layer_->run(inputs[kHiddenStates], layer_->plan().inputs().has_logits ? inputs[kRouterLogits] : nullptr, next,
               outputs[0], tokens, workspace, std::numeric_limits<size_t>::max(), stream);
 }

@@ -61,6 +61,7 @@ class MoELayerPlugin final : public nvinfer1::IPluginV3,
 
  private:
   MoELayerPlugin(MoELayerPlugin const& other);  // without the layer
+  void check_workspace() const;                 // throws Error(MOE_INFER_INVALID)
   void make_layer(LayerInputs const& inputs);
   // Remembers the sentence of what just failed (status not 0), or that nothing did.
   void keep_failure(int32_t status) noexcept;

@@ -12,7 +12,9 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr char const* kInputs = "network_inputs";  // d_model, dtype, has_logits, logits_dtype
+constexpr char const* kInputs = "network_inputs";        // d_model, dtype, has_logits, logits_dtype
+constexpr char const* kWorkspace = "network_workspace";  // most tokens, units of kWorkspaceUnit bytes
+constexpr size_t kWorkspaceUnit = 256;                   // so that any size fits 32 bits
 constexpr char const* kDigest = "expert_weight_digest";
 
 // tests/test_tensorrt_registry.py compares these with the operator's definition in moe_infer/op.
@@ -146,8 +148,8 @@ FieldValue read_field(PluginField const& field, bool with_inputs) {
   }
   FieldValue value;
   value.name = field.name;
-  if (with_inputs && value.name == kInputs) {
-    read_ints(field, 4, &value);
+  if (with_inputs && (value.name == kInputs || value.name == kWorkspace)) {
+    read_ints(field, value.name == kInputs ? 4 : 2, &value);
     return value;
   }
   auto const* const known = std::find_if(std::begin(kAttributes), std::end(kAttributes),
@@ -194,7 +196,7 @@ PluginFields::PluginFields(nvinfer1::PluginFieldCollection const* fields, bool w
 LayerConfig PluginFields::config() const {
   std::vector<moe_infer_attribute> attributes;
   for (auto const& value : values_) {
-    if (value.name == kInputs) {
+    if (value.name == kInputs || value.name == kWorkspace) {
       continue;
     }
     moe_infer_attribute attribute = {value.name.c_str(), value.kind, 0, nullptr};
@@ -241,6 +243,12 @@ void PluginFields::remember_inputs(LayerInputs const& inputs) {
                                         inputs.has_logits ? 1 : 0, static_cast<int32_t>(inputs.logits_dtype)};
 }
 
+void PluginFields::remember_workspace(AskedWorkspace const& workspace) {
+  set(kWorkspace, MOE_INFER_INT32).ints = {
+      static_cast<int32_t>(workspace.tokens),
+      static_cast<int32_t>((workspace.bytes + kWorkspaceUnit - 1) / kWorkspaceUnit)};
+}
+
 std::optional<LayerInputs> PluginFields::inputs() const {
   auto const* const value = const_cast<PluginFields*>(this)->find(kInputs);
   if (value == nullptr) {
@@ -259,6 +267,14 @@ std::optional<LayerInputs> PluginFields::inputs() const {
   inputs.has_logits = ints[2] != 0;
   inputs.logits_dtype = static_cast<DataType>(ints[3]);
   return inputs;
+}
+
+std::optional<AskedWorkspace> PluginFields::workspace() const {
+  auto const* const value = const_cast<PluginFields*>(this)->find(kWorkspace);
+  if (value == nullptr) {
+    return std::nullopt;
+  }
+  return AskedWorkspace{value->ints[0], static_cast<size_t>(value->ints[1]) * kWorkspaceUnit};
 }
 
 void PluginFields::serialize(std::vector<PluginField>* fields) const {

@@ -24,6 +24,8 @@ namespace {
 
 constexpr int32_t kExperts = 4, kDModel = 8, kHidden = 12;
 
+char const* (*last_error)() = nullptr;  // moe_infer_last_error
+
 struct DimensionValue : apiv::VDimensionExpr {
   int64_t value = -1;
   bool isConstant() const override { return value >= 0; }
@@ -170,6 +172,29 @@ void check_round_trip(IPluginCreatorV3One* creator, IPluginV3* plugin) {
   auto* const stale_runtime = capability<IPluginV3OneRuntime>(stale, PluginCapabilityType::kRUNTIME);
   EXPECT(stale_runtime->enqueue(&input, &input, inputs, outputs, nullptr, nullptr) != 0);
   delete stale;
+
+  auto const* const workspace = field_of(fields, "network_workspace");
+  EXPECT(workspace != nullptr && workspace->type == PluginFieldType::kINT32 && workspace->length == 2);
+  auto const* const asked = static_cast<int32_t const*>(workspace->data);
+  EXPECT(asked[0] == 16 && asked[1] > 0);
+  // One that another version of the library asked for, whose kernels need less: no run, and the reason.
+  int32_t const smaller[2] = {asked[0], asked[1] - 1};
+  for (auto& field : changed) {
+    if (std::strcmp(field.name, "network_workspace") == 0) field.data = smaller;
+    if (std::strcmp(field.name, "expert_weight_digest") == 0) field = *digest;
+  }
+  auto* const older = creator->createPlugin("older", &other, TensorRTPhase::kRUNTIME);
+  EXPECT(older != nullptr);
+  auto* const attached =
+      capability<IPluginV3OneRuntime>(older, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
+  EXPECT(attached != nullptr);
+  auto* const attached_runtime = capability<IPluginV3OneRuntime>(attached, PluginCapabilityType::kRUNTIME);
+  EXPECT(attached_runtime->onShapeChange(&input, 1, &input, 1) != 0);
+  EXPECT(std::strstr(last_error(), "built by another version of moe_infer") != nullptr);
+  EXPECT(attached_runtime->enqueue(&input, &input, inputs, outputs, nullptr, nullptr) != 0);
+  EXPECT(std::strstr(last_error(), "delete the engine") != nullptr);
+  delete attached;
+  delete older;
   delete again;
 }
 
@@ -181,6 +206,8 @@ int main(int argc, char** argv) {
   EXPECT(tensorrt != nullptr);
   void* const library = dlopen(argv[2], RTLD_NOW | RTLD_LOCAL);
   EXPECT(library != nullptr);
+  last_error = reinterpret_cast<char const* (*)()>(dlsym(library, "moe_infer_last_error"));
+  EXPECT(last_error != nullptr);
   auto* const get = reinterpret_cast<IPluginRegistry* (*)()>(dlsym(tensorrt, "getPluginRegistry"));
   EXPECT(get != nullptr);
   for (char const* name : {"MoELayer", "MoELayerPlugin"}) {
