@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import onnx  # noqa: E402
 import onnxruntime as ort  # noqa: E402
-from moe_bench import check, timing  # noqa: E402
+from moe_bench import check, machine, timing  # noqa: E402
 from moe_bench.cases import TOKENS, Case, model_layers  # noqa: E402
 from moe_bench.floor import Rates  # noqa: E402
 from moe_bench.inputs import InputSet, make_inputs, mean_active, set_count  # noqa: E402
@@ -242,6 +243,22 @@ def cpu_session(model: Any, folder: Path) -> ort.InferenceSession:
     path = folder / "model.onnx"
     onnx.save(model, path)
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_the_state_under_load_is_asked_for_while_work_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[int] = []
+
+    def query(*fields: str) -> dict[str, str]:
+        begin = len(done)
+        time.sleep(0.05)
+        return {"before": str(begin), "meanwhile": str(len(done) - begin)}
+
+    monkeypatch.setattr(machine, "query", query)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.001))
+    found = machine.state_under_load(lambda: done.append(1), seconds=0.2)
+    assert int(found["before"]) > 8 and int(found["meanwhile"]) > 8
 
 
 def test_sessions_of_microsofts_operator_on_the_written_weights(tmp_path: Path) -> None:
