@@ -8,17 +8,18 @@
 #include <optional>
 
 #include "core/device_memory.h"
+#include "sublayers/sub_layer.h"
 
 namespace moe_infer {
 
 class RunLanes {
  public:
-  // One lane or two. The first one is the stream of the call. Throws Error(MOE_INFER_CUDA), as all here do.
+  // One lane or kMostLanes. The first one is the stream of the call. Throws Error(MOE_INFER_CUDA), as all here do.
   explicit RunLanes(bool two) {
     if (two) second_.emplace();
   }
 
-  int32_t count() const { return second_ ? 2 : 1; }
+  int32_t count() const { return second_ ? kMostLanes : 1; }
   cudaStream_t stream(int32_t lane) const { return lane == 0 ? first_ : second_->stream.get(); }
 
   // What the lanes get from now on comes after what is enqueued on `stream`.
@@ -36,6 +37,7 @@ class RunLanes {
   }
 
  private:
+  static_assert(kMostLanes == 2, "the stream of the call and one more");
   struct Second {
     Stream stream;
     Event forked, ended;

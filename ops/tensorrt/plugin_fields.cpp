@@ -17,6 +17,9 @@ constexpr char const* kWorkspace = "network_workspace";  // most tokens, units o
 constexpr size_t kWorkspaceUnit = 256;                   // so that any size fits 32 bits
 constexpr char const* kDigest = "expert_weight_digest";
 
+// Values of a field that is no attribute but remembered in an engine; 0: it is none.
+int32_t remembered_length(std::string const& name) { return name == kInputs ? 4 : name == kWorkspace ? 2 : 0; }
+
 // tests/test_tensorrt_registry.py compares these with the operator's definition in moe_infer/op.
 constexpr struct {
   char const* name;
@@ -148,8 +151,9 @@ FieldValue read_field(PluginField const& field, bool with_inputs) {
   }
   FieldValue value;
   value.name = field.name;
-  if (with_inputs && (value.name == kInputs || value.name == kWorkspace)) {
-    read_ints(field, value.name == kInputs ? 4 : 2, &value);
+  int32_t const remembered = with_inputs ? remembered_length(value.name) : 0;
+  if (remembered > 0) {
+    read_ints(field, remembered, &value);
     return value;
   }
   auto const* const known = std::find_if(std::begin(kAttributes), std::end(kAttributes),
@@ -196,7 +200,7 @@ PluginFields::PluginFields(nvinfer1::PluginFieldCollection const* fields, bool w
 LayerConfig PluginFields::config() const {
   std::vector<moe_infer_attribute> attributes;
   for (auto const& value : values_) {
-    if (value.name == kInputs || value.name == kWorkspace) {
+    if (remembered_length(value.name) > 0) {
       continue;
     }
     moe_infer_attribute attribute = {value.name.c_str(), value.kind, 0, nullptr};
@@ -215,14 +219,14 @@ LayerConfig PluginFields::config() const {
   return LayerConfig::from_attributes(attributes.data(), static_cast<int32_t>(attributes.size()));
 }
 
-FieldValue* PluginFields::find(char const* name) {
+FieldValue const* PluginFields::find(char const* name) const {
   auto const found =
       std::find_if(values_.begin(), values_.end(), [&](FieldValue const& value) { return value.name == name; });
   return found == values_.end() ? nullptr : &*found;
 }
 
 FieldValue& PluginFields::set(char const* name, moe_infer_attribute_kind kind) {
-  auto* value = find(name);
+  auto* value = const_cast<FieldValue*>(find(name));
   if (value == nullptr) {
     value = &values_.emplace_back();
   }
@@ -250,7 +254,7 @@ void PluginFields::remember_workspace(AskedWorkspace const& workspace) {
 }
 
 std::optional<LayerInputs> PluginFields::inputs() const {
-  auto const* const value = const_cast<PluginFields*>(this)->find(kInputs);
+  auto const* const value = find(kInputs);
   if (value == nullptr) {
     return std::nullopt;
   }
@@ -270,7 +274,7 @@ std::optional<LayerInputs> PluginFields::inputs() const {
 }
 
 std::optional<AskedWorkspace> PluginFields::workspace() const {
-  auto const* const value = const_cast<PluginFields*>(this)->find(kWorkspace);
+  auto const* const value = find(kWorkspace);
   if (value == nullptr) {
     return std::nullopt;
   }

@@ -54,7 +54,7 @@ class PluginFields {
   void serialize(std::vector<nvinfer1::PluginField>* fields) const;
 
  private:
-  FieldValue* find(char const* name);
+  FieldValue const* find(char const* name) const;
   FieldValue& set(char const* name, moe_infer_attribute_kind kind);
 
   std::deque<FieldValue> values_;
