@@ -8,12 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "turns.h"
+#include "warp.h"
 
 namespace {
-
-Turns turns;
-std::array<bool, 1024> said;  // what each thread said in the newest operation
 
 struct ThreadIndex {
   unsigned x;
@@ -27,24 +24,14 @@ inline void __syncthreads() { turns.operate(); }
 inline void __threadfence_system() {}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
-// A thread may be one operation ahead of another only in between: all have said theirs before any goes on, and they are
-// released together, so none says its next before all have read.
-inline unsigned __ballot_sync(unsigned, bool value) {
-  said[turns.thread()] = value;
-  turns.operate_in_warp();
-  size_t const first = turns.thread() / 32 * 32;
-  unsigned bits = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(said[first + lane]) << lane;
-  turns.operate_in_warp();
-  return bits;
-}
-
 constexpr int kThreads = 256;
 
+// None says its next before all have read.
 inline int __syncthreads_count(bool value) {
+  static std::array<bool, kThreads> said;
   said[turns.thread()] = value;
   turns.operate();
-  int const count = static_cast<int>(std::count(said.begin(), said.begin() + kThreads, true));
+  auto const count = static_cast<int>(std::count(said.begin(), said.end(), true));
   turns.operate();
   return count;
 }

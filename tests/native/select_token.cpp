@@ -1,62 +1,11 @@
 // ops/route/select_token.cuh on the host: the 32 lanes of a warp are 32 contexts that take turns at every warp-wide
 // operation. The same code as on a GPU, but for the exponential function's last bits.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "turns.h"
-
-namespace {
-
-constexpr size_t kLanes = 32;
-
-Turns turns;
-std::array<std::array<uint64_t, kLanes>, 2> posted;  // in turn: a lane may be one operation ahead of another
-
-// Posts a value and lets all other lanes do so.
-std::array<uint64_t, kLanes> const& exchange(uint64_t value) {
-  auto& all = posted[turns.operations() % 2];
-  all[turns.thread()] = value;
-  turns.operate();
-  return all;
-}
-
-}  // namespace
-
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(value));
-  bits = exchange(bits)[static_cast<size_t>(lane)];
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned all, T value, int offset) {
-  return __shfl_sync(all, value, static_cast<int>(turns.thread()) ^ offset);
-}
-
-inline bool __any_sync(unsigned, bool value) {
-  for (uint64_t const one : exchange(value ? 1 : 0)) {
-    if (one != 0) return true;
-  }
-  return false;
-}
-
-inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
-  auto const& all = exchange(value);
-  return static_cast<uint32_t>(*std::max_element(all.begin(), all.end()));
-}
-
-inline unsigned __ballot_sync(unsigned, bool value) {
-  unsigned bits = 0;
-  auto const& all = exchange(value ? 1 : 0);
-  for (size_t lane = 0; lane < kLanes; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
-  return bits;
-}
+#include "warp.h"
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
@@ -112,6 +61,7 @@ extern "C" void select_tokens(int32_t router, int32_t normalize, int32_t experts
     token.scores = scores + t * experts;
     token.chosen = chosen + t * top_k;
     token.weights = weights + t * top_k;
-    moe_infer::with_select_items(experts, [&](auto items) { turns.run(kLanes, run_lane<decltype(items)::value>); });
+    moe_infer::with_select_items(experts,
+                                 [&](auto items) { turns.run(Turns::kWarp, run_lane<decltype(items)::value>); });
   }
 }

@@ -15,6 +15,7 @@
 
 class Turns {
  public:
+  static constexpr size_t kWarp = 32;
   using Work = void (*)();
 
   // Runs `work` as each of `count` threads, until all are done. `backwards`: the last one comes first. Aborts where a
@@ -40,7 +41,6 @@ class Turns {
   void operate_in_warp() { wait(State::kAtWarp); }
 
  private:
-  static constexpr size_t kWarp = 32;
   enum class State { kRuns, kAtWarp, kAtBlock, kDone };
 
   struct Thread {
