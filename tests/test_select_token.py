@@ -28,6 +28,7 @@ def select(tmp_path_factory: pytest.TempPathFactory) -> Select:
         scores = np.ascontiguousarray(scores, np.float32)
         chosen = np.full((len(scores), config.top_k), -1, np.int32)
         weights = np.full((len(scores), config.top_k), -1, np.float32)
+        alone = np.full_like(chosen, -2)
         bias = None if config.router_bias is None else np.array(config.router_bias, np.float32)
         function(
             NUMBERS[config.moe_variant],
@@ -43,7 +44,9 @@ def select(tmp_path_factory: pytest.TempPathFactory) -> Select:
             scores.ctypes.data_as(ctypes.c_void_p),
             chosen.ctypes.data_as(ctypes.c_void_p),
             weights.ctypes.data_as(ctypes.c_void_p),
+            alone.ctypes.data_as(ctypes.c_void_p),
         )
+        np.testing.assert_array_equal(alone, chosen)  # choose_token, which gives no weights
         return chosen, weights
 
     return run

@@ -241,11 +241,12 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
   auto const copier = copier_of(experts);
   auto const groups = all_groups(experts, workspace);
   bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
-  select(hidden_states, router_logits, next, tokens, workspace, as_token ? copier : std::nullopt, stream);
+  auto const router = score(hidden_states, router_logits, tokens, workspace, stream);
   if (as_token) {
-    run_token(hidden_states, output, workspace, groups, copier, overlap, stream);
+    run_token(router, hidden_states, next, output, workspace, groups, copier, overlap, stream);
     return;
   }
+  select_experts(router.params, router.scores, router.dtype, tokens, workspace.routing, is_hopper(), stream);
   group(hidden_states, tokens, workspace, overlap, stream);
   if (experts == Experts::kFromHost) {
     run_from_host(rows, workspace, stream);
@@ -273,22 +274,15 @@ void MoELayer::check_run(void const* hidden_states, void const* router_logits, N
   }
 }
 
-void MoELayer::select(void const* hidden_states, void const* router_logits, NextLogits const& next, int64_t tokens,
-                      Workspace const& workspace, std::optional<Copier> copier, cudaStream_t stream) const {
+TokenRouter MoELayer::score(void const* hidden_states, void const* router_logits, int64_t tokens,
+                            Workspace const& workspace, cudaStream_t stream) const {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
-  auto const& routing = workspace.routing;
-  if (!inputs.has_logits) {
-    compute_scores(hidden_states, inputs.dtype, router_weights_, config.router, tokens, inputs.d_model,
-                   config.expert_count, routing.scores, stream);
-  }
-  void const* const scores = inputs.has_logits ? router_logits : routing.scores;
-  DataType const scores_dtype = inputs.has_logits ? inputs.logits_dtype : DataType::kFloat32;
-  if (copier) {
-    device_fetch_->select_and_plan(*copier, scores, scores_dtype, routing, next, stream);
-  } else {
-    select_experts(router_params_, scores, scores_dtype, tokens, routing, is_hopper(), stream);
-  }
+  if (inputs.has_logits) return {router_params_, router_logits, inputs.logits_dtype};
+  float* const scores = workspace.routing.scores;
+  compute_scores(hidden_states, inputs.dtype, router_weights_, config.router, tokens, inputs.d_model,
+                 config.expert_count, scores, stream);
+  return {router_params_, scores, DataType::kFloat32};
 }
 
 void MoELayer::group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
@@ -322,20 +316,26 @@ bool MoELayer::runs_single_token(int64_t tokens) const {
   return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;
 }
 
-void MoELayer::run_token(void const* hidden_states, void* output, Workspace const& workspace,
-                         ExpertGroups const& groups, std::optional<Copier> copier, bool overlap,
-                         cudaStream_t stream) const {
+void MoELayer::run_token(TokenRouter const& router, void const* hidden_states, NextLogits const& next, void* output,
+                         Workspace const& workspace, ExpertGroups const& groups, std::optional<Copier> copier,
+                         bool overlap, cudaStream_t stream) const {
   auto const& config = plan_.config();
+  auto const& routing = workspace.routing;
   TokenChoices token;
   token.hidden_states = hidden_states;
-  token.expert_of_choice = workspace.routing.expert_of_choice;
-  token.weight_of_choice = workspace.routing.weight_of_choice;
+  token.expert_of_choice = routing.expert_of_choice;
+  token.weight_of_choice = routing.weight_of_choice;
   token.top_k = config.top_k;
   token.keep = config.router == Router::kBaseLayer;
   token.output = output;
   if (copier) {
+    device_fetch_->select_and_plan(*copier, router.scores, router.dtype, routing, next, stream);
     token.slot_of_choice = device_fetch_->slot_of_choice();
     token.copy = device_fetch_->copy(*copier);
+  } else if (config.expert_count <= kMostChosenByAll) {
+    token.router = router;
+  } else {
+    select_experts(router.params, router.scores, router.dtype, 1, routing, overlap, stream);
   }
   plan_.sub_layer().run_token(groups, token, workspace.sub_layer, overlap, stream);
 }

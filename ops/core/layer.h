@@ -98,14 +98,15 @@ class MoELayer {
                  void const* workspace) const;
   void run_experts(Experts experts, void const* hidden_states, void const* router_logits, NextLogits const& next,
                    void* output, int64_t tokens, Workspace const& workspace, cudaStream_t stream);
-  // `copier`: for a single token whose fetch the device plans, which happens then too.
-  void select(void const* hidden_states, void const* router_logits, NextLogits const& next, int64_t tokens,
-              Workspace const& workspace, std::optional<Copier> copier, cudaStream_t stream) const;
+  // The scores, computed if they are not given; of many tokens, too.
+  TokenRouter score(void const* hidden_states, void const* router_logits, int64_t tokens, Workspace const& workspace,
+                    cudaStream_t stream) const;
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
              cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
-  void run_token(void const* hidden_states, void* output, Workspace const& workspace, ExpertGroups const& groups,
-                 std::optional<Copier> copier, bool overlap, cudaStream_t stream) const;
+  void run_token(TokenRouter const& router, void const* hidden_states, NextLogits const& next, void* output,
+                 Workspace const& workspace, ExpertGroups const& groups, std::optional<Copier> copier, bool overlap,
+                 cudaStream_t stream) const;
   void run_streaming(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
                      int64_t tokens, Workspace const& workspace, cudaStream_t stream);
   void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);

@@ -49,11 +49,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp: the first of the experts that the next layer would choose and has in no slot, -1: none.
-template <int kItems>
+template <class Kind>
 __device__ int32_t guess_missing(Guess const& guess, int32_t lane) {
   __shared__ int32_t chosen[kMostPlannedChoices];
-  __shared__ float weights[kMostPlannedChoices];  // nobody needs them
-  select_token<kItems>(guess.router, {guess.scores, guess.dtype}, lane, chosen, weights);
+  choose_token<Kind>(guess.router, {guess.scores, guess.dtype}, lane, chosen);
   __syncwarp();
   for (int32_t first = 0; first < guess.router.top_k; first += kSelectLanes) {
     int32_t const i = first + lane;
@@ -66,14 +65,14 @@ __device__ int32_t guess_missing(Guess const& guess, int32_t lane) {
 
 // The first warp chooses the token's experts and the second one guesses the next layer's, while the others ask for the
 // tables; then the block plans.
-template <int kItems>
+template <class Kind>
 __global__ void __launch_bounds__(kThreads)
     select_and_plan_kernel(RouterParams const params, void const* __restrict__ scores, DataType dtype,
                            int32_t* expert_of_choice, float* weight_of_choice, PolicySettings const settings,
                            int32_t const slots, ExpertCopy const head, Guess const guess) {
   if (blockIdx.x > 0) return copy_head(head);
   auto const& tables = head.tables;
-  using Plan = BlockPlan<kThreads, own(kItems * kSelectLanes)>;
+  using Plan = BlockPlan<kThreads, own(Kind::kItems * kSelectLanes)>;
   __shared__ typename Plan::Shared shared;
   __shared__ int32_t chosen[kMostPlannedChoices];
   auto const thread = static_cast<int32_t>(threadIdx.x);
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
   plan.begin();
   __syncthreads();
   if (thread < kSelectLanes) {
-    select_token<kItems>(params, {scores, dtype}, thread, chosen, weight_of_choice);
+    select_token<Kind>(params, {scores, dtype}, thread, chosen, weight_of_choice);
     __syncwarp();
     for (int32_t i = thread; i < params.top_k; i += kSelectLanes) {
       shared.is_needed[chosen[i]] = 1;
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else if (thread < 2 * kSelectLanes && guess.scores != nullptr) {
     int32_t const lane = thread - kSelectLanes;
-    int32_t const expert = guess_missing<kItems>(guess, lane);
+    int32_t const expert = guess_missing<SelectKind<Kind::kItems, false>>(guess, lane);
     if (lane == 0) shared.guess = expert;
   }
   __syncthreads();
@@ -109,9 +108,10 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_items(experts, [&](auto items) {
-    launch(&plan_kernel<own(decltype(items)::value * kSelectLanes)>, shape, settings, experts, slots, counts, head);
-  });
+  auto const start = [&](auto kernel) { launch(kernel, shape, settings, experts, slots, counts, head); };
+  if (experts <= kThreads) return start(&plan_kernel<1>);
+  if (experts <= 2 * kThreads) return start(&plan_kernel<2>);
+  start(&plan_kernel<4>);
 }
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
@@ -122,9 +122,11 @@ void select_and_plan_fetch(RouterParams const& params, void const* scores, DataT
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_items(std::max(params.experts, guess.router.experts), [&](auto items) {
-    launch(&select_and_plan_kernel<decltype(items)::value>, shape, params, scores, scores_dtype,
-           routing.expert_of_choice, routing.weight_of_choice, settings, slots, head, guess);
+  RouterParams both = params;  // that kind serves the next layer's guess, too
+  both.experts = std::max(params.experts, guess.router.experts);
+  with_select_kind(both, [&](auto kind) {
+    launch(&select_and_plan_kernel<decltype(kind)>, shape, params, scores, scores_dtype, routing.expert_of_choice,
+           routing.weight_of_choice, settings, slots, head, guess);
   });
 }
 

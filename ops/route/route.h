@@ -48,6 +48,13 @@ struct RouterParams {
   float const* router_bias = nullptr;  // (experts) on the device, sigmoid_topk; nullptr: none
 };
 
+// What chooses a single token's experts: the scores (experts) lie on the device.
+struct TokenRouter {
+  RouterParams params;
+  void const* scores = nullptr;
+  DataType dtype = DataType::kFloat32;
+};
+
 // scores = hidden_states @ centroids, after RMS normalisation for cpm_2.
 void compute_scores(void const* hidden_states, DataType dtype, RouterWeights const& weights, Router router,
                     int64_t tokens, int64_t d_model, int32_t experts, float* scores, cudaStream_t stream);

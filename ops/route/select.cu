@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kWarps = 4;
 
-template <int kItems>
+template <class Kind>
 __global__ void __launch_bounds__(kSelectLanes* kWarps)
     select_kernel(RouterParams const params, void const* __restrict__ scores, DataType dtype, int64_t tokens,
                   int32_t* __restrict__ expert_of_choice, float* __restrict__ weight_of_choice) {
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kSelectLanes* kWarps)
   int const lane = static_cast<int>(threadIdx.x) % kSelectLanes;
   int64_t const token = static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kSelectLanes;
   if (token >= tokens) return;  // the whole warp
-  select_token<kItems>(params, {scores, dtype, token * params.experts}, lane, expert_of_choice + token * params.top_k,
+  select_token<Kind>(params, {scores, dtype, token * params.experts}, lane, expert_of_choice + token * params.top_k,
                        weight_of_choice + token * params.top_k);
 }
 
@@ -34,8 +34,8 @@ void select_experts(RouterParams const& params, void const* scores, DataType sco
   shape.threads = kSelectLanes * kWarps;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_items(params.experts, [&](auto items) {
-    launch(&select_kernel<decltype(items)::value>, shape, params, scores, scores_dtype, tokens,
+  with_select_kind(params, [&](auto kind) {
+    launch(&select_kernel<decltype(kind)>, shape, params, scores, scores_dtype, tokens,
            routing.expert_of_choice, routing.weight_of_choice);
   });
 }

@@ -10,6 +10,7 @@
 
 #include "core/data_type.h"
 #include "fetch/expert_copy.h"
+#include "route/route.h"
 
 namespace moe_infer {
 
@@ -80,11 +81,16 @@ struct SubLayerCall {
   cudaStream_t stream = nullptr;
 };
 
+// Up to so many experts are chosen as fast as what another kernel has chosen is read.
+constexpr int32_t kMostChosenByAll = 32;
+
 // A single token and its experts, on the device.
 struct TokenChoices {
-  void const* hidden_states = nullptr;        // (d_model)
+  void const* hidden_states = nullptr;  // (d_model)
+  // With scores: nobody has chosen yet, and the sub-layer does. Of at most kMostChosenByAll experts, all resident.
+  TokenRouter router;
   int32_t const* expert_of_choice = nullptr;  // (top_k)
-  float const* weight_of_choice = nullptr;    // (top_k)
+  float* weight_of_choice = nullptr;          // (top_k), or room for them
   int32_t top_k = 0;
   bool keep = false;       // base_layer: output = weight * expert(x) + (1 - weight) * x
   void* output = nullptr;  // (d_model)

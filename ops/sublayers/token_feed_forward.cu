@@ -8,6 +8,7 @@
 #include "core/slices.h"
 #include "fetch/copy_block.cuh"
 #include "gemm/group_search.cuh"
+#include "route/select_token.cuh"
 #include "sublayers/token_feed_forward.h"
 
 namespace moe_infer {
@@ -26,12 +27,20 @@ constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
 constexpr int kMostChoices = TokenFeedForward::kMostChoices;
 constexpr size_t kMostTokenBytes = 40 * 1024;
 
-// What both kernels are given. Either a token with its choices, or (`choices` null) the first group's one row.
+// Whose experts are run.
+enum class Choice {
+  kGiven,     // of a token, all resident; or (`expert_of_choice` null) the first group's one, on its one row
+  kHere,      // of a token, all resident: every block chooses (TokenChoices::router)
+  kStreamed,  // of a token; some may be on their way
+};
+
+// What both kernels are given.
 struct Parameters {
   TokenFeedForward layer;
   ExpertGroups groups;
+  TokenRouter router;
   int32_t const* expert_of_choice;
-  float const* weight_of_choice;
+  float* weight_of_choice;
   int32_t top_k;
   bool keep;                      // base_layer: adds (1 - weight) * token
   int32_t const* slot_of_choice;  // TokenChoices
@@ -49,17 +58,20 @@ struct Expert {
   int32_t awaited;  // number of the slot while the expert is on its way, else -1
 };
 
-// kFetches, here and below: experts are not all resident, and some may be on their way.
-template <bool kFetches>
-__device__ bool find_expert(Parameters const& p, int32_t choice, Expert* expert) {
+// `chosen`: what the block chose, Choice::kHere.
+template <Choice kChoice>
+__device__ bool find_expert(Parameters const& p, int32_t const* chosen, int32_t choice, Expert* expert) {
   int32_t slot;
   expert->awaited = -1;
-  if (p.expert_of_choice != nullptr) {
-    if constexpr (kFetches) {
+  if (kChoice == Choice::kHere) {
+    slot = chosen[choice];  // each in the slot of its number
+    expert->row = choice;
+  } else if (p.expert_of_choice != nullptr) {
+    if constexpr (kChoice == Choice::kStreamed) {
       slot = p.slot_of_choice[choice];
       if (slot < 0) slot = expert->awaited = pending(slot);  // its own inverse
     } else {
-      slot = p.expert_of_choice[choice];  // all are resident, each in the slot of its number
+      slot = p.expert_of_choice[choice];
     }
     expert->row = choice;
   } else {
@@ -167,31 +179,36 @@ __device__ float block_sum(float value, float* partial) {
   return sum;
 }
 
-// The token, normalised if the layer does so, in shared memory.
+// The block's threads from `first` on: the token into shared memory.
 template <class T>
-__device__ void stage_token(Parameters const& p, Expert const& expert, T const* token, T* staged) {
+__device__ void stage_token(T const* token, int32_t pieces, T* staged, int32_t first) {
+  for (int32_t i = static_cast<int32_t>(threadIdx.x) - first; i < pieces; i += kThreads - first) {
+    reinterpret_cast<uint4*>(staged)[i] = reinterpret_cast<uint4 const*>(token)[i];
+  }
+}
+
+// The block: T5's norm of the staged token.
+template <class T>
+__device__ void normalize_token(TokenFeedForward const& layer, Expert const& expert, T* staged) {
   using Unit = Pack<T, kPackSize<T>>;
   __shared__ float partial[kWarps];
-  auto const pieces = static_cast<int32_t>(p.layer.shape.d_model / kPackSize<T>);
+  auto const pieces = static_cast<int32_t>(layer.shape.d_model / kPackSize<T>);
   float squares = 0.0F;
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads) {
-    Unit const unit = reinterpret_cast<Unit const*>(token)[i];
-    reinterpret_cast<Unit*>(staged)[i] = unit;
+    Unit const unit = reinterpret_cast<Unit const*>(staged)[i];
 #pragma unroll
     for (int e = 0; e < kPackSize<T>; ++e) squares = fmaf(to_float(unit.value[e]), to_float(unit.value[e]), squares);
   }
-  if (p.layer.has_norm) {
-    float const root = sqrtf(block_sum(squares, partial) / static_cast<float>(p.layer.shape.d_model) + kRmsNormEpsilon);
-    auto const* const scale = reinterpret_cast<Unit const*>(expert.slot + p.layer.norm_offset);
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads) {  // what this thread wrote
-      Unit unit = reinterpret_cast<Unit*>(staged)[i];
-      Unit const weight = scale[i];
+  float const root = sqrtf(block_sum(squares, partial) / static_cast<float>(layer.shape.d_model) + kRmsNormEpsilon);
+  auto const* const scale = reinterpret_cast<Unit const*>(expert.slot + layer.norm_offset);
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads) {  // what this thread has read
+    Unit unit = reinterpret_cast<Unit*>(staged)[i];
+    Unit const weight = scale[i];
 #pragma unroll
-      for (int e = 0; e < kPackSize<T>; ++e) {
-        unit.value[e] = from_float<T>(to_float(weight.value[e]) * (to_float(unit.value[e]) / root));
-      }
-      reinterpret_cast<Unit*>(staged)[i] = unit;
+    for (int e = 0; e < kPackSize<T>; ++e) {
+      unit.value[e] = from_float<T>(to_float(weight.value[e]) * (to_float(unit.value[e]) / root));
     }
+    reinterpret_cast<Unit*>(staged)[i] = unit;
   }
   __syncthreads();
 }
@@ -214,34 +231,69 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
   }
 }
 
+static_assert(kMostChosenByAll <= kSelectLanes, "an expert a lane");
+
+// One warp: Choice::kHere.
+__device__ void choose_in_warp(Parameters const& p, int32_t* chosen) {
+  auto const lane = static_cast<int>(threadIdx.x);
+  TokenScores const scores{p.router.scores, p.router.dtype};
+  if (ranks_by_sigmoid(p.router.params)) return choose_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen);
+  choose_token<SelectKind<1, true>>(p.router.params, scores, lane, chosen);
+}
+
+// The same with the weights, which only the second kernel's end needs: one block of the first.
+__device__ void weigh_in_block(Parameters const& p, int32_t* chosen) {
+  if (threadIdx.x >= kLanes) return;
+  auto const lane = static_cast<int>(threadIdx.x);
+  TokenScores const scores{p.router.scores, p.router.dtype};
+  select_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen, p.weight_of_choice);
+}
+
 // inner row: act(gate) * up, or act(up). Each choice has p.blocks_of_choice blocks, whose warps have kRows weight rows
 // each. The grid is one row: as a row of its own of the grid, the blocks that copy would be as many as a choice's, and
 // multiprocessors that idle ones wait on would get fewer of the others.
-template <class T, bool kFetches>
+template <class T, Choice kChoice>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters const p) {
   extern __shared__ uint4 raw[];
+  __shared__ int32_t chosen[kChoice == Choice::kHere ? kMostChosenByAll : 1];
   auto* const staged = reinterpret_cast<T*>(raw);
   wait_for_previous_kernel();
   start_next_kernel();
   uint32_t block = blockIdx.x;
-  if constexpr (kFetches) {
+  if constexpr (kChoice == Choice::kStreamed) {
     // The first blocks: they are on a multiprocessor before any block that waits for what they copy.
     if (block < p.copy.blocks) return copy_in_block<kThreads>(p.copy, block);
     block -= p.copy.blocks;
   }
-  Expert expert;
-  if (!find_expert<kFetches>(p, static_cast<int32_t>(block / p.blocks_of_choice), &expert)) return;
-  if constexpr (kFetches) wait_in_block(p, &expert);
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
+  auto const pieces = static_cast<int32_t>(d_model / kPackSize<T>);
   auto const* token = static_cast<T const*>(p.token);
-  if (p.expert_of_choice == nullptr) token += expert.row * d_model;
+  if constexpr (kChoice == Choice::kHere) {
+    if (block == 0) return weigh_in_block(p, chosen);
+    --block;
+    if (threadIdx.x < kLanes) {
+      choose_in_warp(p, chosen);
+    } else {
+      stage_token(token, pieces, staged, kLanes);
+    }
+    __syncthreads();
+  }
+  Expert expert;
+  if (!find_expert<kChoice>(p, chosen, static_cast<int32_t>(block / p.blocks_of_choice), &expert)) return;
+  if constexpr (kChoice == Choice::kStreamed) wait_in_block(p, &expert);
   bool const gated = layer.activation.gated;
   int64_t const weight_rows = gated ? 2 * layer.shape.hidden_size : layer.shape.hidden_size;
   int64_t const row = (static_cast<int64_t>(block % p.blocks_of_choice) * kWarps + threadIdx.x / kLanes) * kRows;
   auto const* const weights = reinterpret_cast<T const*>(expert.slot + layer.first_offset) + row * d_model;
-  if (row < weight_rows) prefetch_rows(weights, d_model, d_model);
-  stage_token(p, expert, token, staged);
+  bool const is_staged = kChoice == Choice::kHere;
+  if (row < weight_rows && (!is_staged || layer.has_norm)) prefetch_rows(weights, d_model, d_model);
+  if (!is_staged) {
+    if (p.expert_of_choice == nullptr) token += expert.row * d_model;
+    stage_token(token, pieces, staged, 0);
+    __syncthreads();
+  }
+  if (layer.has_norm) normalize_token(layer, expert, staged);
   if (row >= weight_rows) return;
   float sums[kRows] = {};
   multiply(weights, d_model, staged, 0, static_cast<int32_t>(d_model / kPackSize<T>), sums);
@@ -266,15 +318,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
 
 // output = sum over the choices of weight * (down(inner row) + ...). A block has `quads` times kRows channels; its
 // warps share out quads, choices and parts of the rows, and the parts meet in shared memory in a fixed order.
-template <class T, bool kFetches>
+template <class T, Choice kChoice>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     second_kernel(Parameters const p, int32_t quads, int32_t parts) {
   extern __shared__ float results[];  // (quads, choices, parts, kRows)
   __shared__ float choice_weights[kMostChoices];
+  __shared__ int32_t chosen[kChoice == Choice::kHere ? kMostChosenByAll : 1];
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   int64_t const hidden = layer.shape.hidden_size;
-  bool const one = p.expert_of_choice == nullptr;
+  bool const one = kChoice == Choice::kGiven && p.expert_of_choice == nullptr;
   int32_t const choices = one ? 1 : p.top_k;
   int32_t const warp = static_cast<int32_t>(threadIdx.x) / kLanes;
   int32_t const work = quads * choices * parts;
@@ -289,7 +342,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     wait_for_previous_kernel();
     start_next_kernel();
     waited = true;
-    if (!find_expert<kFetches>(p, 0, &expert)) return;
+    if (!find_expert<kChoice>(p, chosen, 0, &expert)) return;
+  } else if (kChoice == Choice::kHere) {
+    if (threadIdx.x < kLanes) choose_in_warp(p, chosen);
+    __syncthreads();
   } else if (threadIdx.x < choices) {
     choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];
   }
@@ -298,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     int32_t const choice = item / parts % choices;
     int64_t const channel = first_channel + static_cast<int64_t>(item / parts / choices) * kRows;
     if (channel >= d_model) break;
-    if (!one) find_expert<kFetches>(p, choice, &expert);
+    if (!one) find_expert<kChoice>(p, chosen, choice, &expert);
     auto const* weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     int32_t const first = part * pieces_of_part;
     int32_t const end = min(pieces, first + pieces_of_part);
@@ -309,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       start_next_kernel();
       waited = true;
     }
-    if constexpr (kFetches) {
+    if constexpr (kChoice == Choice::kStreamed) {
       wait_in_warp(p, &expert);
       weights = reinterpret_cast<T const*>(expert.slot + layer.down_offset) + channel * hidden;
     }
@@ -328,6 +384,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     wait_for_previous_kernel();
     start_next_kernel();
   }
+  if (kChoice == Choice::kHere && threadIdx.x < choices) {
+    choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];
+  }
   __syncthreads();
 
   int32_t const thread = static_cast<int32_t>(threadIdx.x);
@@ -342,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       value += results[((thread / kRows * choices + choice) * parts + part) * kRows + thread % kRows];
     }
     if (layer.has_bias) {
-      if (!one) find_expert<kFetches>(p, choice, &expert);
+      if (!one) find_expert<kChoice>(p, chosen, choice, &expert);
       value += to_float(reinterpret_cast<T const*>(expert.slot + layer.down_bias_offset)[channel]);
     }
     if (layer.has_norm) value += to_float(token[channel]);
@@ -359,28 +418,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 
 unsigned divide_up(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
-template <bool kFetches>
+template <Choice kChoice>
 void run_kernels(Parameters p, bool overlap, cudaStream_t stream) {
   auto const& shape = p.layer.shape;
-  int32_t const choices = p.expert_of_choice == nullptr ? 1 : p.top_k;
+  int32_t const choices = p.top_k;
   with_element(shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     LaunchShape first;
     int64_t const weight_rows = p.layer.activation.gated ? 2 * shape.hidden_size : shape.hidden_size;
     p.blocks_of_choice = divide_up(weight_rows, kWarps * kRows);
-    first.blocks = p.copy.blocks + static_cast<unsigned>(choices) * p.blocks_of_choice;
+    unsigned const weighing = kChoice == Choice::kHere ? 1 : 0;
+    first.blocks = p.copy.blocks + weighing + static_cast<unsigned>(choices) * p.blocks_of_choice;
     first.threads = kThreads;
     first.shared_bytes = static_cast<size_t>(shape.d_model) * sizeof(T);
     first.overlap = overlap;
     first.stream = stream;
-    launch(&first_kernel<T, kFetches>, first, p);
+    launch(&first_kernel<T, kChoice>, first, p);
 
     int32_t const parts = shape.hidden_size >= kLongRow ? kPartsOfLongRow : 1;
     int32_t const quads = std::max(1, kWarps / (choices * parts));
     LaunchShape second = first;
     second.blocks = divide_up(shape.d_model, static_cast<int64_t>(quads) * kRows);
     second.shared_bytes = static_cast<size_t>(quads * choices * parts * kRows) * sizeof(float);
-    launch(&second_kernel<T, kFetches>, second, p, quads, parts);
+    launch(&second_kernel<T, kChoice>, second, p, quads, parts);
   });
 }
 
@@ -401,6 +461,7 @@ void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token
                            cudaStream_t stream) const {
   Parameters const p{*this,
                      groups,
+                     token.router,
                      token.expert_of_choice,
                      token.weight_of_choice,
                      token.top_k,
@@ -411,12 +472,15 @@ void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token
                      token.output,
                      0,
                      token.copy};
-  token.slot_of_choice != nullptr ? run_kernels<true>(p, overlap, stream) : run_kernels<false>(p, overlap, stream);
+  if (token.slot_of_choice != nullptr) return run_kernels<Choice::kStreamed>(p, overlap, stream);
+  if (token.router.scores != nullptr) return run_kernels<Choice::kHere>(p, overlap, stream);
+  run_kernels<Choice::kGiven>(p, overlap, stream);
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this, call.groups, nullptr, nullptr, 1, false, nullptr, call.input, inner, call.output, 0, {}};
-  run_kernels<false>(p, false, call.stream);
+  Parameters const p{*this,      call.groups, {}, nullptr, nullptr, 1, false, nullptr,
+                     call.input, inner,       call.output, 0,       {}};
+  run_kernels<Choice::kGiven>(p, false, call.stream);
 }
 
 }  // namespace moe_infer

@@ -35,19 +35,23 @@ struct Token {
   float const* scores;
   int32_t* chosen;
   float* weights;
+  int32_t* chosen_alone;
 } token;
 
-template <int kItems>
+template <class Kind>
 void run_lane() {
-  moe_infer::select_token<kItems>(token.params, {token.scores, moe_infer::DataType::kFloat32, 0},
-                                  static_cast<int>(turns.thread()), token.chosen, token.weights);
+  moe_infer::TokenScores const scores{token.scores, moe_infer::DataType::kFloat32, 0};
+  auto const lane = static_cast<int>(turns.thread());
+  moe_infer::select_token<Kind>(token.params, scores, lane, token.chosen, token.weights);
+  moe_infer::choose_token<Kind>(token.params, scores, lane, token.chosen_alone);
 }
 
 }  // namespace
 
 extern "C" void select_tokens(int32_t router, int32_t normalize, int32_t experts, int32_t top_k, int32_t n_group,
                               int32_t topk_group, float scaling_factor, float jitter, float const* router_bias,
-                              int64_t tokens, float const* scores, int32_t* chosen, float* weights) {
+                              int64_t tokens, float const* scores, int32_t* chosen, float* weights,
+                              int32_t* chosen_alone) {
   token.params.router = static_cast<moe_infer::Router>(router);
   token.params.normalize = normalize != 0;
   token.params.experts = experts;
@@ -61,7 +65,7 @@ extern "C" void select_tokens(int32_t router, int32_t normalize, int32_t experts
     token.scores = scores + t * experts;
     token.chosen = chosen + t * top_k;
     token.weights = weights + t * top_k;
-    moe_infer::with_select_items(experts,
-                                 [&](auto items) { turns.run(Turns::kWarp, run_lane<decltype(items)::value>); });
+    token.chosen_alone = chosen_alone + t * top_k;
+    moe_infer::with_select_kind(token.params, [](auto kind) { turns.run(Turns::kWarp, run_lane<decltype(kind)>); });
   }
 }

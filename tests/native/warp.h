@@ -22,6 +22,8 @@ inline Posted const& exchange(uint64_t value) {
   return all;
 }
 
+inline void __syncwarp() { exchange(0); }
+
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   uint64_t bits = 0;
