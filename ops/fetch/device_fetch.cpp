@@ -14,7 +14,7 @@ namespace moe_infer {
 namespace {
 
 constexpr uint64_t kAlignment = 16;
-// Enough for the bus's full speed: 256 KiB in flight. Half as much reaches half of it, twice as much no more.
+// 256 KiB on their way. A copy alone has the bus's full speed with half as much; more reaches no more.
 constexpr unsigned kBlocks = 8;
 // That copy while the host notices what was ordered, which takes it about as long: 10 us.
 constexpr uint32_t kHeadChunks = 32;

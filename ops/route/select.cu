@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kSelectLanes* kWarps)
   int64_t const token = static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kSelectLanes;
   if (token >= tokens) return;  // the whole warp
   select_token<Kind>(params, {scores, dtype, token * params.experts}, lane, expert_of_choice + token * params.top_k,
-                       weight_of_choice + token * params.top_k);
+                     weight_of_choice + token * params.top_k);
 }
 
 }  // namespace
@@ -35,8 +35,8 @@ void select_experts(RouterParams const& params, void const* scores, DataType sco
   shape.overlap = overlap;
   shape.stream = stream;
   with_select_kind(params, [&](auto kind) {
-    launch(&select_kernel<decltype(kind)>, shape, params, scores, scores_dtype, tokens,
-           routing.expert_of_choice, routing.weight_of_choice);
+    launch(&select_kernel<decltype(kind)>, shape, params, scores, scores_dtype, tokens, routing.expert_of_choice,
+           routing.weight_of_choice);
   });
 }
 

@@ -237,7 +237,8 @@ static_assert(kMostChosenByAll <= kSelectLanes, "an expert a lane");
 __device__ void choose_in_warp(Parameters const& p, int32_t* chosen) {
   auto const lane = static_cast<int>(threadIdx.x);
   TokenScores const scores{p.router.scores, p.router.dtype};
-  if (ranks_by_sigmoid(p.router.params)) return choose_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen);
+  if (ranks_by_sigmoid(p.router.params))
+    return choose_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen);
   choose_token<SelectKind<1, true>>(p.router.params, scores, lane, chosen);
 }
 
@@ -478,8 +479,8 @@ void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token
 }
 
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
-  Parameters const p{*this,      call.groups, {}, nullptr, nullptr, 1, false, nullptr,
-                     call.input, inner,       call.output, 0,       {}};
+  Parameters const p{*this,   call.groups, {},    nullptr,     nullptr, 1, false,
+                     nullptr, call.input,  inner, call.output, 0,       {}};
   run_kernels<Choice::kGiven>(p, false, call.stream);
 }
 
