@@ -121,7 +121,8 @@ typedef struct {
 } moe_infer_next_logits;
 
 /* Enqueues the layer on `stream` (a cudaStream_t). All pointers are device pointers: hidden_states and
- * output (tokens, d_model), router_logits (tokens, expert_count) or NULL. Zero tokens is legal. */
+ * output (tokens, d_model), router_logits (tokens, expert_count) or NULL. Zero tokens is legal. output and workspace
+ * overlap nothing that is read: while parts of it are written, others are still to read. */
 MOE_INFER_EXPORT int moe_infer_layer_run(moe_infer_layer* layer, const void* hidden_states, const void* router_logits,
                                          void* output, int64_t tokens, void* workspace, size_t workspace_bytes,
                                          void* stream);
