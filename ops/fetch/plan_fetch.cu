@@ -108,10 +108,9 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  auto const start = [&](auto kernel) { launch(kernel, shape, settings, experts, slots, counts, head); };
-  if (experts <= kThreads) return start(&plan_kernel<1>);
-  if (experts <= 2 * kThreads) return start(&plan_kernel<2>);
-  start(&plan_kernel<4>);
+  with_select_items(experts, [&](auto items) {
+    launch(&plan_kernel<own(decltype(items)::value * kSelectLanes)>, shape, settings, experts, slots, counts, head);
+  });
 }
 
 void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
@@ -122,9 +121,7 @@ void select_and_plan_fetch(RouterParams const& params, void const* scores, DataT
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  RouterParams both = params;  // that kind serves the next layer's guess, too
-  both.experts = std::max(params.experts, guess.router.experts);
-  with_select_kind(both, [&](auto kind) {
+  with_select_kind(params, std::max(params.experts, guess.router.experts), [&](auto kind) {
     launch(&select_and_plan_kernel<decltype(kind)>, shape, params, scores, scores_dtype, routing.expert_of_choice,
            routing.weight_of_choice, settings, slots, head, guess);
   });

@@ -48,7 +48,7 @@ struct RouterParams {
   float const* router_bias = nullptr;  // (experts) on the device, sigmoid_topk; nullptr: none
 };
 
-// What chooses a single token's experts: the scores (experts) lie on the device.
+// A router and what it chooses by, on the device: the scores (experts) of a token, or of several one after the other.
 struct TokenRouter {
   RouterParams params;
   void const* scores = nullptr;

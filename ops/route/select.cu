@@ -34,7 +34,7 @@ void select_experts(RouterParams const& params, void const* scores, DataType sco
   shape.threads = kSelectLanes * kWarps;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_kind(params, [&](auto kind) {
+  with_select_kind(params, params.experts, [&](auto kind) {
     launch(&select_kernel<decltype(kind)>, shape, params, scores, scores_dtype, tokens, routing.expert_of_choice,
            routing.weight_of_choice);
   });

@@ -30,21 +30,25 @@ __host__ __device__ inline bool ranks_by_sigmoid(RouterParams const& params) {
   return params.router_bias != nullptr || params.topk_group < params.n_group;
 }
 
-// Calls f with the kind for this router.
+// Items of a lane that serve so many experts: calls f with them as a constant.
 template <class F>
-void with_select_kind(RouterParams const& params, F&& f) {
+void with_select_items(int32_t experts, F&& f) {
+  if (experts <= 32) return f(std::integral_constant<int, 1>{});
+  if (experts <= 64) return f(std::integral_constant<int, 2>{});
+  if (experts <= 128) return f(std::integral_constant<int, 4>{});
+  if (experts <= 256) return f(std::integral_constant<int, 8>{});
+  if (experts <= 512) return f(std::integral_constant<int, 16>{});
+  return f(std::integral_constant<int, 32>{});
+}
+
+// Calls f with the kind for this router, with items for `experts`, which are at least the router's.
+template <class F>
+void with_select_kind(RouterParams const& params, int32_t experts, F&& f) {
   bool const is_plain = !ranks_by_sigmoid(params) && params.router != Router::kSparseMixer;
-  auto const with_items = [&](auto items) {
+  with_select_items(experts, [&](auto items) {
     constexpr int kItems = decltype(items)::value;
     is_plain ? f(SelectKind<kItems, true>{}) : f(SelectKind<kItems, false>{});
-  };
-  int32_t const experts = params.experts;
-  if (experts <= 32) return with_items(std::integral_constant<int, 1>{});
-  if (experts <= 64) return with_items(std::integral_constant<int, 2>{});
-  if (experts <= 128) return with_items(std::integral_constant<int, 4>{});
-  if (experts <= 256) return with_items(std::integral_constant<int, 8>{});
-  if (experts <= 512) return with_items(std::integral_constant<int, 16>{});
-  return with_items(std::integral_constant<int, 32>{});
+  });
 }
 
 // The scores of one token.

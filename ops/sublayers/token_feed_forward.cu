@@ -233,21 +233,21 @@ __device__ void prefetch_rows(T const* weights, int64_t stride, int64_t elements
 
 static_assert(kMostChosenByAll <= kSelectLanes, "an expert a lane");
 
-// One warp: Choice::kHere.
-__device__ void choose_in_warp(Parameters const& p, int32_t* chosen) {
+// The block's first warp: Choice::kHere.
+__device__ void choose_in_warp(TokenRouter const& router, int32_t* chosen) {
   auto const lane = static_cast<int>(threadIdx.x);
-  TokenScores const scores{p.router.scores, p.router.dtype};
-  if (ranks_by_sigmoid(p.router.params))
-    return choose_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen);
-  choose_token<SelectKind<1, true>>(p.router.params, scores, lane, chosen);
+  TokenScores const scores{router.scores, router.dtype};
+  if (ranks_by_sigmoid(router.params)) {
+    choose_token<SelectKind<1, false>>(router.params, scores, lane, chosen);
+  } else {
+    choose_token<SelectKind<1, true>>(router.params, scores, lane, chosen);
+  }
 }
 
-// The same with the weights, which only the second kernel's end needs: one block of the first.
-__device__ void weigh_in_block(Parameters const& p, int32_t* chosen) {
-  if (threadIdx.x >= kLanes) return;
+// The same with the weights, which only the second kernel's end needs: one block of the first kernel does it.
+__device__ void weigh_in_warp(TokenRouter const& router, int32_t* chosen, float* weights) {
   auto const lane = static_cast<int>(threadIdx.x);
-  TokenScores const scores{p.router.scores, p.router.dtype};
-  select_token<SelectKind<1, false>>(p.router.params, scores, lane, chosen, p.weight_of_choice);
+  select_token<SelectKind<1, false>>(router.params, {router.scores, router.dtype}, lane, chosen, weights);
 }
 
 // inner row: act(gate) * up, or act(up). Each choice has p.blocks_of_choice blocks, whose warps have kRows weight rows
@@ -271,10 +271,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
   auto const pieces = static_cast<int32_t>(d_model / kPackSize<T>);
   auto const* token = static_cast<T const*>(p.token);
   if constexpr (kChoice == Choice::kHere) {
-    if (block == 0) return weigh_in_block(p, chosen);
+    if (block == 0) {
+      if (threadIdx.x < kLanes) weigh_in_warp(p.router, chosen, p.weight_of_choice);
+      return;
+    }
     --block;
     if (threadIdx.x < kLanes) {
-      choose_in_warp(p, chosen);
+      choose_in_warp(p.router, chosen);
     } else {
       stage_token(token, pieces, staged, kLanes);
     }
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
   if (layer.has_norm) normalize_token(layer, expert, staged);
   if (row >= weight_rows) return;
   float sums[kRows] = {};
-  multiply(weights, d_model, staged, 0, static_cast<int32_t>(d_model / kPackSize<T>), sums);
+  multiply(weights, d_model, staged, 0, pieces, sums);
 
   if (threadIdx.x % kLanes != 0) return;
   if (layer.has_bias) {
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     waited = true;
     if (!find_expert<kChoice>(p, chosen, 0, &expert)) return;
   } else if (kChoice == Choice::kHere) {
-    if (threadIdx.x < kLanes) choose_in_warp(p, chosen);
+    if (threadIdx.x < kLanes) choose_in_warp(p.router, chosen);
     __syncthreads();
   } else if (threadIdx.x < choices) {
     choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];

@@ -66,6 +66,7 @@ extern "C" void select_tokens(int32_t router, int32_t normalize, int32_t experts
     token.chosen = chosen + t * top_k;
     token.weights = weights + t * top_k;
     token.chosen_alone = chosen_alone + t * top_k;
-    moe_infer::with_select_kind(token.params, [](auto kind) { turns.run(Turns::kWarp, run_lane<decltype(kind)>); });
+    moe_infer::with_select_kind(token.params, experts,
+                                [](auto kind) { turns.run(Turns::kWarp, run_lane<decltype(kind)>); });
   }
 }
