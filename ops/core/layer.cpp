@@ -236,23 +236,21 @@ void MoELayer::run_experts(Experts experts, void const* hidden_states, void cons
                            cudaStream_t stream) {
   auto const& config = plan_.config();
   auto const& inputs = plan_.inputs();
-  int64_t const rows = tokens * config.top_k;
-  bool const overlap = experts != Experts::kFromHost && is_hopper();
-  auto const copier = copier_of(experts);
-  auto const groups = all_groups(experts, workspace);
-  bool const as_token = experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token();
   auto const router = score(hidden_states, router_logits, tokens, workspace, stream);
-  if (as_token) {
-    run_token(router, hidden_states, next, output, workspace, groups, copier, overlap, stream);
+  if (experts != Experts::kFromHost && runs_single_token(tokens) && plan_.sub_layer().has_run_token()) {
+    run_token(experts, router, hidden_states, next, output, workspace, stream);
     return;
   }
-  select_experts(router.params, router.scores, router.dtype, tokens, workspace.routing, is_hopper(), stream);
+  int64_t const rows = tokens * config.top_k;
+  bool const overlap = experts != Experts::kFromHost && is_hopper();
+  select_experts(router, tokens, workspace.routing, is_hopper(), stream);
   group(hidden_states, tokens, workspace, overlap, stream);
   if (experts == Experts::kFromHost) {
     run_from_host(rows, workspace, stream);
   } else {
+    auto const copier = copier_of(experts);
     if (copier) device_fetch_->enqueue(*copier, workspace.routing.counts, overlap, stream);
-    plan_.sub_layer().run(call(rows, workspace, groups, overlap, stream));
+    plan_.sub_layer().run(call(rows, workspace, all_groups(experts, workspace), overlap, stream));
   }
   combine(workspace.expert_output, hidden_states, inputs.dtype, config.router, tokens, inputs.d_model, config.top_k,
           workspace.routing, output, overlap, stream);
@@ -316,10 +314,10 @@ bool MoELayer::runs_single_token(int64_t tokens) const {
   return tokens == 1 && plan_.config().top_k <= TokenFeedForward::kMostChoices;
 }
 
-void MoELayer::run_token(TokenRouter const& router, void const* hidden_states, NextLogits const& next, void* output,
-                         Workspace const& workspace, ExpertGroups const& groups, std::optional<Copier> copier,
-                         bool overlap, cudaStream_t stream) const {
+void MoELayer::run_token(Experts experts, TokenRouter const& router, void const* hidden_states, NextLogits const& next,
+                         void* output, Workspace const& workspace, cudaStream_t stream) const {
   auto const& config = plan_.config();
+  bool const overlap = is_hopper();
   auto const& routing = workspace.routing;
   TokenChoices token;
   token.hidden_states = hidden_states;
@@ -328,16 +326,16 @@ void MoELayer::run_token(TokenRouter const& router, void const* hidden_states, N
   token.top_k = config.top_k;
   token.keep = config.router == Router::kBaseLayer;
   token.output = output;
-  if (copier) {
-    device_fetch_->select_and_plan(*copier, router.scores, router.dtype, routing, next, stream);
+  if (auto const copier = copier_of(experts)) {
+    device_fetch_->select_and_plan(*copier, router, routing, next, stream);
     token.slot_of_choice = device_fetch_->slot_of_choice();
     token.copy = device_fetch_->copy(*copier);
   } else if (config.expert_count <= kMostChosenByAll) {
     token.router = router;
   } else {
-    select_experts(router.params, router.scores, router.dtype, 1, routing, overlap, stream);
+    select_experts(router, 1, routing, overlap, stream);
   }
-  plan_.sub_layer().run_token(groups, token, workspace.sub_layer, overlap, stream);
+  plan_.sub_layer().run_token(all_groups(experts, workspace), token, workspace.sub_layer, overlap, stream);
 }
 
 SubLayerCall MoELayer::call(int64_t rows, Workspace const& workspace, ExpertGroups const& groups, bool overlap,

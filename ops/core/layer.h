@@ -104,9 +104,9 @@ class MoELayer {
   void group(void const* hidden_states, int64_t tokens, Workspace const& workspace, bool overlap,
              cudaStream_t stream) const;
   bool runs_single_token(int64_t tokens) const;
-  void run_token(TokenRouter const& router, void const* hidden_states, NextLogits const& next, void* output,
-                 Workspace const& workspace, ExpertGroups const& groups, std::optional<Copier> copier, bool overlap,
-                 cudaStream_t stream) const;
+  // Not for Experts::kFromHost.
+  void run_token(Experts experts, TokenRouter const& router, void const* hidden_states, NextLogits const& next,
+                 void* output, Workspace const& workspace, cudaStream_t stream) const;
   void run_streaming(void const* hidden_states, void const* router_logits, NextLogits const& next, void* output,
                      int64_t tokens, Workspace const& workspace, cudaStream_t stream);
   void run_from_host(int64_t rows, Workspace const& workspace, cudaStream_t stream);

@@ -210,13 +210,12 @@ void DeviceFetch::enqueue(Copier copier, int32_t const* counts, bool overlap, cu
   copy_experts(copy(copier), overlap, stream);
 }
 
-void DeviceFetch::select_and_plan(Copier copier, void const* scores, DataType scores_dtype, Routing const& routing,
+void DeviceFetch::select_and_plan(Copier copier, TokenRouter const& router, Routing const& routing,
                                   NextLogits const& next, cudaStream_t stream) const {
   auto const target = copier == Copier::kHost ? next_->get() : nullptr;
   auto const guess = guess_by(next, target.get());
-  select_and_plan_fetch(target_->router, scores, scores_dtype, routing, policy_, slots_, head_of_call(copier), guess,
-                        is_hopper(), stream);
-  if (copier == Copier::kHost) host_copy_->copy(guess.scores == nullptr ? 0 : target->id, stream);
+  select_and_plan_fetch(router, routing, policy_, slots_, head_of_call(copier), guess, is_hopper(), stream);
+  if (copier == Copier::kHost) host_copy_->copy(guess.router.scores == nullptr ? 0 : target->id, stream);
 }
 
 // Empty if there is nothing to guess by or for.
@@ -225,9 +224,7 @@ Guess DeviceFetch::guess_by(NextLogits const& next, GuessTarget const* target) c
   bool const fits = target != nullptr && target->device == device_ && target->router.experts == next.experts &&
                     target->router.top_k <= kMostPlannedChoices;
   if (next.logits == nullptr || !fits) return guess;
-  guess.router = target->router;
-  guess.scores = next.logits;
-  guess.dtype = next.dtype;
+  guess.router = {target->router, next.logits, next.dtype};
   guess.slot_of_expert = target->slot_of_expert;
   return guess;
 }

@@ -62,8 +62,8 @@ class DeviceFetch {
   void enqueue(Copier copier, int32_t const* counts, bool overlap, cudaStream_t stream) const;
   // For a single token: chooses its experts as select_experts does, and plans. Copies are then the part of who runs the
   // experts, as copy() says. Where the host copies and `next` is given, guesses for the layer that runs next, too.
-  void select_and_plan(Copier copier, void const* scores, DataType scores_dtype, Routing const& routing,
-                       NextLogits const& next, cudaStream_t stream) const;
+  void select_and_plan(Copier copier, TokenRouter const& router, Routing const& routing, NextLogits const& next,
+                       cudaStream_t stream) const;
   // At the begin of each run: so the layers before and after this one are known (run_order.h). `by_host`: it copies
   // what a kernel plans, so an expert that was fetched ahead is used. `guesses`: next_router_logits are given.
   void begin_run(bool by_host, bool guesses) const { note_run(by_host ? target_ : nullptr, guesses ? next_ : nullptr); }

@@ -22,9 +22,9 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
 
 // For a single token with at most kMostPlannedChoices experts: select_experts (route.h) and plan_fetch in one kernel;
 // fills tables.slot_of_choice in, too. With a guess that is not empty it goes with the orders.
-void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
-                           Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           ExpertCopy const& head, Guess const& guess, bool overlap, cudaStream_t stream);
+void select_and_plan_fetch(TokenRouter const& router, Routing const& routing, PolicySettings const& settings,
+                           int32_t slots, ExpertCopy const& head, Guess const& guess, bool overlap,
+                           cudaStream_t stream);
 
 // Copies what was planned (or, without blocks, waits until others have copied it), expert after expert, and raises its
 // slot's flag when one has come. The kernel after it may start as soon as this one has, and must not wait for it

@@ -4,16 +4,13 @@
 
 #include <cstdint>
 
-#include "core/data_type.h"
 #include "route/route.h"
 
 namespace moe_infer {
 
 // What the kernel that plans needs to guess.
 struct Guess {
-  RouterParams router;                      // of the next layer; at most kMostPlannedChoices experts a token
-  void const* scores = nullptr;             // (experts) of a single token; null: nothing is guessed
-  DataType dtype = DataType::kFloat32;      // of scores
+  TokenRouter router;  // of the next layer; at most kMostPlannedChoices experts a token; no scores: nothing is guessed
   int32_t const* slot_of_expert = nullptr;  // (experts) of the next layer
 };
 

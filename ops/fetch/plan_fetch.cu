@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(kThreads)
 template <class Kind>
 __device__ int32_t guess_missing(Guess const& guess, int32_t lane) {
   __shared__ int32_t chosen[kMostPlannedChoices];
-  choose_token<Kind>(guess.router, {guess.scores, guess.dtype}, lane, chosen);
+  auto const& router = guess.router;
+  choose_token<Kind>(router.params, {router.scores, router.dtype}, lane, chosen);
   __syncwarp();
-  for (int32_t first = 0; first < guess.router.top_k; first += kSelectLanes) {
+  for (int32_t first = 0; first < router.params.top_k; first += kSelectLanes) {
     int32_t const i = first + lane;
-    bool const is_absent = i < guess.router.top_k && guess.slot_of_expert[chosen[i]] < 0;
+    bool const is_absent = i < router.params.top_k && guess.slot_of_expert[chosen[i]] < 0;
     unsigned const absent = __ballot_sync(kSelectAll, is_absent);
     if (absent != 0) return chosen[first + __ffs(static_cast<int>(absent)) - 1];
   }
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
       shared.is_needed[chosen[i]] = 1;
       expert_of_choice[i] = chosen[i];
     }
-  } else if (thread < 2 * kSelectLanes && guess.scores != nullptr) {
+  } else if (thread < 2 * kSelectLanes && guess.router.scores != nullptr) {
     int32_t const lane = thread - kSelectLanes;
     int32_t const expert = guess_missing<SelectKind<Kind::kItems, false>>(guess, lane);
     if (lane == 0) shared.guess = expert;
@@ -113,17 +114,17 @@ void plan_fetch(PolicySettings const& settings, int32_t experts, int32_t slots, 
   });
 }
 
-void select_and_plan_fetch(RouterParams const& params, void const* scores, DataType scores_dtype,
-                           Routing const& routing, PolicySettings const& settings, int32_t slots,
-                           ExpertCopy const& head, Guess const& guess, bool overlap, cudaStream_t stream) {
+void select_and_plan_fetch(TokenRouter const& router, Routing const& routing, PolicySettings const& settings,
+                           int32_t slots, ExpertCopy const& head, Guess const& guess, bool overlap,
+                           cudaStream_t stream) {
   LaunchShape shape;
   shape.blocks = blocks_of(head);
   shape.threads = kThreads;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_kind(params, std::max(params.experts, guess.router.experts), [&](auto kind) {
-    launch(&select_and_plan_kernel<decltype(kind)>, shape, params, scores, scores_dtype, routing.expert_of_choice,
-           routing.weight_of_choice, settings, slots, head, guess);
+  with_select_kind(router.params, std::max(router.params.experts, guess.router.params.experts), [&](auto kind) {
+    launch(&select_and_plan_kernel<decltype(kind)>, shape, router.params, router.scores, router.dtype,
+           routing.expert_of_choice, routing.weight_of_choice, settings, slots, head, guess);
   });
 }
 

@@ -60,8 +60,8 @@ void compute_scores(void const* hidden_states, DataType dtype, RouterWeights con
                     int64_t tokens, int64_t d_model, int32_t experts, float* scores, cudaStream_t stream);
 // Chooses top_k experts a token and their weights (select_token.cuh).
 // `overlap`, here and below: start while the previous kernel still runs (core/launch.h).
-void select_experts(RouterParams const& params, void const* scores, DataType scores_dtype, int64_t tokens,
-                    Routing const& routing, bool overlap, cudaStream_t stream);
+void select_experts(TokenRouter const& router, int64_t tokens, Routing const& routing, bool overlap,
+                    cudaStream_t stream);
 // Sorts the choices by expert and finds each expert's rows.
 void group_by_expert(int64_t tokens, int32_t experts, int32_t top_k, Routing const& routing, bool overlap,
                      cudaStream_t stream);

@@ -26,17 +26,17 @@ __global__ void __launch_bounds__(kSelectLanes* kWarps)
 
 }  // namespace
 
-void select_experts(RouterParams const& params, void const* scores, DataType scores_dtype, int64_t tokens,
-                    Routing const& routing, bool overlap, cudaStream_t stream) {
+void select_experts(TokenRouter const& router, int64_t tokens, Routing const& routing, bool overlap,
+                    cudaStream_t stream) {
   if (tokens == 0) return;
   LaunchShape shape;
   shape.blocks = static_cast<unsigned>((tokens + kWarps - 1) / kWarps);
   shape.threads = kSelectLanes * kWarps;
   shape.overlap = overlap;
   shape.stream = stream;
-  with_select_kind(params, params.experts, [&](auto kind) {
-    launch(&select_kernel<decltype(kind)>, shape, params, scores, scores_dtype, tokens, routing.expert_of_choice,
-           routing.weight_of_choice);
+  with_select_kind(router.params, router.params.experts, [&](auto kind) {
+    launch(&select_kernel<decltype(kind)>, shape, router.params, router.scores, router.dtype, tokens,
+           routing.expert_of_choice, routing.weight_of_choice);
   });
 }
 
