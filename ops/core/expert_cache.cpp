@@ -5,14 +5,9 @@
 #include <utility>
 
 #include "core/cuda_check.h"
-#include "core/pack.h"
 
 namespace moe_infer {
 namespace {
-
-// Half of the staging buffer on the device: from 16 MiB on the copy engine runs at the bus's full speed.
-constexpr uint64_t kStagingBytes = uint64_t{16} << 20U;
-constexpr uint64_t kUnlimited = UINT64_MAX;
 
 uint64_t slots_bytes(int32_t slots, uint64_t slot_bytes) {
   uint64_t bytes = 0;
@@ -25,22 +20,18 @@ uint64_t slots_bytes(int32_t slots, uint64_t slot_bytes) {
 
 }  // namespace
 
-void const* ExpertCache::Transfer::source() const {
-  return static_cast<uint8_t const*>(piece->data) + static_cast<uint64_t>(first) * size_of(piece->dtype);
-}
-
 ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_count, int32_t slots, SlotLayout layout,
                          DataType dtype)
     : store_(std::move(store)),
       layout_(std::move(layout)),
       dtype_(dtype),
-      device_(current_device()),
       memory_(allocate_device(slots_bytes(slots, layout_.bytes),
                               std::to_string(slots) + " experts of " + store_->path(),
                               "lower attribute 'max_concurrency'")),
       numbers_(allocate_device(sizeof(int32_t) * static_cast<size_t>(slots), "slot numbers", "free some")),
       ready_(static_cast<size_t>(slots)),
       used_(static_cast<size_t>(slots)),
+      loader_(std::make_unique<ExpertLoader>(store_, expert_count, layout_, dtype)),
       policy_(policy_from_environment()),
       slot_of_expert_(static_cast<size_t>(expert_count), -1),
       expert_of_slot_(static_cast<size_t>(slots), -1),
@@ -49,33 +40,15 @@ ExpertCache::ExpertCache(std::shared_ptr<ExpertStore> store, int32_t expert_coun
       plan_(static_cast<size_t>(expert_count)),
       place_in_call_(static_cast<size_t>(expert_count)),
       use_(expert_count) {
-  ordered_.reserve(static_cast<size_t>(expert_count));  // a call allocates nothing once it is planned
+  ordered_.reserve(static_cast<size_t>(expert_count));
+  missing_.reserve(static_cast<size_t>(expert_count));
   std::vector<int32_t> numbers(static_cast<size_t>(slots));
   std::iota(numbers.begin(), numbers.end(), 0);
   MOE_CUDA_CHECK(
       cudaMemcpy(numbers_.bytes(), numbers.data(), sizeof(int32_t) * numbers.size(), cudaMemcpyHostToDevice));
-  uint64_t largest_staged = 0;
-  bool all_pinned = true;
-  for (int32_t expert = 0; expert < expert_count; ++expert) {
-    for (auto const& piece : store_->pieces(expert)) {
-      largest_staged = std::max(largest_staged, is_direct(piece) ? 0 : piece.bytes());
-    }
-    all_pinned = all_pinned && store_->is_pinned(expert);
-  }
-  if (largest_staged > 0) {
-    staging_bytes_ = (std::min(largest_staged, kStagingBytes) + 255) / 256 * 256;
-    staging_ = allocate_device(2 * staging_bytes_, "staging of experts that change type or row order",
-                               "lower attribute 'max_concurrency'");
-  }
-  if (!all_pinned) {
-    ring_ = HostRing::shared(device_);
-  }
 }
 
 ExpertCache::~ExpertCache() {
-  DeviceGuard const guard(device_);
-  cudaStreamSynchronize(copy_stream_.get());  // copies read the store's memory, which may go now
-  cudaStreamSynchronize(pack_stream_.get());
   if (use_history_ != nullptr) {
     use_history_->save(tables_);
   }
@@ -98,15 +71,19 @@ std::string ExpertCache::note() const {
 }
 
 void ExpertCache::load_all() {
-  for (int32_t expert = 0; expert < tables_.expert_count; ++expert) {
-    fetch(expert, expert);
-    slot_of_expert_[static_cast<size_t>(expert)] = expert;
-    expert_of_slot_[static_cast<size_t>(expert)] = expert;
-    use_.lies_in(expert, expert);
+  std::vector<int32_t> experts(static_cast<size_t>(tables_.expert_count));
+  std::iota(experts.begin(), experts.end(), 0);
+  {
+    ExpertLoader::Loads loads(*loader_, experts);
+    for (int32_t const expert : experts) {
+      load(expert, expert, &loads);
+      slot_of_expert_[static_cast<size_t>(expert)] = expert;
+      expert_of_slot_[static_cast<size_t>(expert)] = expert;
+      use_.lies_in(expert, expert);
+    }
   }
-  MOE_CUDA_CHECK(cudaStreamSynchronize(copy_stream_.get()));
-  MOE_CUDA_CHECK(cudaStreamSynchronize(pack_stream_.get()));
-  ring_.reset();  // nothing will be fetched any more
+  loader_->finish();
+  loader_.reset();
 }
 
 void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
@@ -118,22 +95,24 @@ void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
     use_.lies_in(expert, slot_of_expert_[static_cast<size_t>(expert)]);
   }
   // Kernels that were enqueued without this cache may still read or fill slots.
-  taken_.record(stream);
-  taken_.order_before(copy_stream_.get());
+  loader_->order_behind(stream);
 }
 
-ExpertCache::Call ExpertCache::plan(int32_t const* counts) {
-  Call call;
-  call.needed = plan_call(policy_, &tables_, counts, plan_.data());
+void ExpertCache::plan(int32_t const* counts, Call* call) {
+  call->needed = plan_call(policy_, &tables_, counts, plan_.data());
   int32_t hits = 0;
-  for (int32_t i = 0; i < call.needed; ++i) {
+  for (int32_t i = 0; i < call->needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
     use_.needed(planned.expert);
     hits += planned.hit;
   }
   hits_ += hits;
-  order_runs(hits, call.needed);
-  return call;
+  order_runs(hits, call->needed);
+  missing_.clear();
+  for (int32_t i = 0; i < call->needed; ++i) {
+    auto const& planned = plan_[static_cast<size_t>(i)];
+    if (planned.hit == 0) missing_.push_back(planned.expert);
+  }
 }
 
 // Hits may run in any order, and misses in theirs (policy.h). First the hits whose slots misses take, for which the bus
@@ -177,25 +156,24 @@ void ExpertCache::bring_ahead(Call* call, int32_t const* counts) {
     bool const waits = planned.evicted >= 0 && counts[planned.evicted] > 0 &&
                        place_in_call_[static_cast<size_t>(planned.evicted)] >= call->run;
     if (waits || call->ahead >= std::max(1, fills_in_flight(tables_.slot_count))) return;
-    bring(planned);
+    bring(planned, &*call->loads);
     ++call->ahead;
   }
 }
 
-void ExpertCache::bring(PlannedExpert const& planned) {
+void ExpertCache::bring(PlannedExpert const& planned, ExpertLoader::Loads* loads) {
   if (planned.evicted >= 0) {
     use_.lies_in(planned.evicted, -1);
     ++evictions_;
   }
-  fetch(planned.expert, planned.slot);
+  load(planned.expert, planned.slot, loads);
   use_.lies_in(planned.expert, planned.slot);
   ++misses_;
 }
 
 void ExpertCache::forget(Call const& call) noexcept {
   // What was brought ahead may still be on its way into a slot that is empty from now on.
-  cudaStreamSynchronize(copy_stream_.get());
-  cudaStreamSynchronize(pack_stream_.get());
+  loader_->wait();
   for (int32_t i = call.run; i < call.needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
     if (planned.hit != 0) continue;
@@ -212,93 +190,10 @@ void ExpertCache::forget(Call const& call) noexcept {
   }
 }
 
-void ExpertCache::fetch(int32_t expert, int32_t slot) {
-  // A file that was written to would give weights that nobody checked.
-  if (!store_->unchanged()) {
-    throw bad_file(store_->path() + " has changed since the layer was made; make the session again");
-  }
-  uint8_t* const destination = memory_.bytes() + static_cast<uint64_t>(slot) * layout_.bytes;
-  try {
-    used_[static_cast<size_t>(slot)].order_before(copy_stream_.get());
-    batch_.clear();  // after a fetch that failed
-    if (store_->is_pinned(expert)) {
-      list_transfers(expert, kUnlimited, staging_bytes_);
-      for (auto const& transfer : transfers_) {
-        send(transfer, transfer.source(), destination);
-      }
-      batch_.enqueue(copy_stream_.get());
-    } else {
-      list_transfers(expert, HostRing::kChunkBytes, std::min(staging_bytes_, HostRing::kChunkBytes));
-      send_pageable(destination);
-    }
-    // Packing of this expert comes after its copies, so the pack stream's end is the expert's. The copy stream goes on
-    // with the next expert meanwhile.
-    copied_.record(copy_stream_.get());
-    copied_.order_before(pack_stream_.get());
-    ready_[static_cast<size_t>(slot)].record(pack_stream_.get());
-  } catch (...) {
-    // The next fetch into this slot must not meet what this one left on its way.
-    cudaStreamSynchronize(copy_stream_.get());
-    cudaStreamSynchronize(pack_stream_.get());
-    throw;
-  }
-}
-
-void ExpertCache::list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes) {
-  transfers_.clear();
-  for (auto const& piece : store_->pieces(expert)) {
-    bool const direct = is_direct(piece);
-    uint64_t const most_bytes = direct ? most_direct_bytes : most_staged_bytes;
-    int64_t const elements = piece.rows * piece.columns;
-    auto const most = static_cast<int64_t>(
-        std::min(most_bytes / size_of(piece.dtype), static_cast<uint64_t>(std::max<int64_t>(elements, 1))));
-    for (int64_t first = 0; first < elements; first += most) {
-      transfers_.push_back({&piece, first, std::min(most, elements - first), direct});
-    }
-  }
-}
-
-void ExpertCache::send(Transfer const& transfer, void const* source, uint8_t* slot) {
-  auto const& piece = *transfer.piece;
-  uint8_t* const tensor = slot + layout_.offsets[static_cast<size_t>(piece.tensor)];
-  cudaStream_t const copies = copy_stream_.get();
-  if (transfer.direct) {
-    auto const element = piece.first_row * piece.columns + transfer.first;
-    batch_.add(tensor + static_cast<uint64_t>(element) * size_of(dtype_), source, transfer.bytes());
-  } else {
-    size_t const half = staging_turn_++ % 2;
-    uint8_t* const staging = staging_.bytes() + half * staging_bytes_;
-    unstaged_[half].order_before(copies);
-    MOE_CUDA_CHECK(cudaMemcpyAsync(staging, source, transfer.bytes(), cudaMemcpyHostToDevice, copies));
-    staged_[half].record(copies);
-    staged_[half].order_before(pack_stream_.get());
-    pack(staging, piece.dtype, tensor, dtype_,
-         {transfer.first, transfer.count, piece.columns, piece.first_row, piece.row_stride}, pack_stream_.get());
-    unstaged_[half].record(pack_stream_.get());
-  }
-  bytes_fetched_ += static_cast<int64_t>(transfer.bytes());
-}
-
-void ExpertCache::send_pageable(uint8_t* slot) {
-  HostRing::Session session(*ring_);
-  try {
-    size_t submitted = 0;
-    for (size_t i = 0; i < transfers_.size(); ++i) {
-      for (; submitted < transfers_.size() && submitted < i + HostRing::kChunks; ++submitted) {
-        // Two pointers: small enough for std::function to hold without allocating.
-        session.submit([this, transfer = &transfers_[submitted]](void* chunk) {
-          auto const first = static_cast<uint64_t>(transfer->first) * size_of(transfer->piece->dtype);
-          store_->read(*transfer->piece, first, chunk, transfer->bytes());
-        });
-      }
-      send(transfers_[i], session.take(), slot);
-      batch_.enqueue(copy_stream_.get());
-      session.release(copy_stream_.get());
-    }
-  } catch (...) {
-    cudaStreamSynchronize(copy_stream_.get());  // before another user of the ring gets its buffers
-    throw;
-  }
+void ExpertCache::load(int32_t expert, int32_t slot, ExpertLoader::Loads* loads) {
+  auto const place = static_cast<size_t>(slot);
+  auto* const address = memory_.bytes() + place * layout_.bytes;
+  bytes_fetched_ += static_cast<int64_t>(loads->load(expert, address, used_[place], ready_[place]));
 }
 
 void ExpertCache::ready(int32_t slot, cudaStream_t stream) {

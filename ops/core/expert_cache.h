@@ -1,10 +1,7 @@
 // Device side of the experts of one layer: `max_concurrency` slots, kept across calls.
 //
-// A fetch enqueues copies on the cache's own copy stream; parts that the file holds in another type or row order go
-// through a staging buffer on the device and a kernel on the pack stream. Three events keep the order: `used` of a slot
-// (its readers are done) before the copies into it, `ready` of a slot (all of it is there) before its readers, and
-// one for each half of the staging buffer. Nothing waits on the host, except for weights that are not pinned
-// (host_ring.h).
+// The cache decides which expert goes into which slot; expert_loader.h brings it there. Two events of a slot keep the
+// order: `used` (its readers are done) before the copies into it, and `ready` (all of it is there) before its readers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,14 +9,14 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "core/copy_batch.h"
 #include "core/device_memory.h"
+#include "core/expert_loader.h"
 #include "core/expert_store.h"
 #include "core/expert_use.h"
-#include "core/host_ring.h"
 #include "core/policy.h"
 #include "core/policy_settings.h"
 #include "core/run_lanes.h"
@@ -47,8 +44,10 @@ class ExpertCache {
   // threads at once. After an exception the cache can be used again; what failed is not in it.
   template <class Use>
   void run_needed(int32_t const* counts, RunLanes const& lanes, Use&& use) {
-    Call call = plan(counts);
+    Call call;
+    plan(counts, &call);
     try {
+      call.loads.emplace(*loader_, missing_);
       while (call.run < call.needed) {
         // The bus begins before the experts that are there are enqueued, and stays ahead of what runs.
         bring_ahead(&call, counts);
@@ -96,36 +95,23 @@ class ExpertCache {
   std::string note() const;
 
  private:
-  // One copy from the host: `count` elements of `piece` from element `first` on.
-  struct Transfer {
-    ExpertPiece const* piece = nullptr;
-    int64_t first = 0;
-    int64_t count = 0;
-    bool direct = false;  // type and order are the slot's
-    void const* source() const;
-    uint64_t bytes() const { return static_cast<uint64_t>(count) * size_of(piece->dtype); }
-  };
-
   // How far a call is, in entries of plan_, which are in the order in which they run.
   struct Call {
     int32_t needed = 0;
     int32_t run = 0;    // entries before this have run
     int32_t next = 0;   // misses before this entry have been brought
     int32_t ahead = 0;  // misses that have been brought and not run
+    std::optional<ExpertLoader::Loads> loads;
   };
 
-  Call plan(int32_t const* counts);
+  void plan(int32_t const* counts, Call* call);
   void order_runs(int32_t hits, int32_t needed);
   // Brings the misses that may be brought by now, at least the next expert to run.
   void bring_ahead(Call* call, int32_t const* counts);
-  void bring(PlannedExpert const& planned);
+  void bring(PlannedExpert const& planned, ExpertLoader::Loads* loads);
   // The call ended early: of what it was to fetch, only what has run is there.
   void forget(Call const& call) noexcept;
-  void fetch(int32_t expert, int32_t slot);
-  void list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes);
-  void send(Transfer const& transfer, void const* source, uint8_t* slot);
-  void send_pageable(uint8_t* slot);
-  bool is_direct(ExpertPiece const& piece) const { return piece.row_stride == 1 && piece.dtype == dtype_; }
+  void load(int32_t expert, int32_t slot, ExpertLoader::Loads* loads);
   void ready(int32_t slot, cudaStream_t stream);
   void used(int32_t slot, cudaStream_t stream);
   void abandon(int32_t slot, cudaStream_t stream) noexcept;
@@ -133,27 +119,18 @@ class ExpertCache {
   std::shared_ptr<ExpertStore> store_;
   SlotLayout layout_;
   DataType dtype_;
-  int device_;
-  DeviceMemory memory_, numbers_, staging_;
-  uint64_t staging_bytes_ = 0;  // of each half
-  Stream copy_stream_, pack_stream_;
-  CopyBatch batch_;                // of what the copy stream gets next
-  Event copied_;                   // the last copy that was enqueued
-  Event taken_;                    // what was enqueued before set_tables
-  Event staged_[2], unstaged_[2];  // half of the staging buffer is full, is read
-  uint64_t staging_turn_ = 0;
-  std::shared_ptr<HostRing> ring_;  // only if some expert is not pinned
-
-  std::vector<Event> ready_, used_;  // of each slot
+  DeviceMemory memory_, numbers_;
+  std::vector<Event> ready_, used_;       // of each slot
+  std::unique_ptr<ExpertLoader> loader_;  // null once all experts are here to stay
   PolicySettings policy_;
   std::vector<int32_t> slot_of_expert_, expert_of_slot_;
   std::vector<ExpertHistory> histories_;
   CacheTables tables_;  // points into the three above
   std::vector<PlannedExpert> plan_;
   std::vector<PlannedExpert> ordered_;  // scratch
+  std::vector<int32_t> missing_;        // experts of the call's misses, as in plan_
   std::vector<int32_t> place_in_call_;  // of needed experts, in plan_
   std::unique_ptr<UseHistoryFile> use_history_;
-  std::vector<Transfer> transfers_;
   ExpertUse use_;
   std::atomic<int64_t> hits_{0}, misses_{0}, evictions_{0}, bytes_fetched_{0};
 };

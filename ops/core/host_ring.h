@@ -18,8 +18,9 @@ namespace moe_infer {
 
 class HostRing {
  public:
-  static constexpr uint64_t kChunkBytes = uint64_t{4} << 20U;
-  static constexpr int kChunks = 8;
+  // Enough chunks in an expert of a few MiB for all threads, and large enough for the bus.
+  static constexpr uint64_t kChunkBytes = uint64_t{1} << 20U;
+  static constexpr int kChunks = 32;
 
   // That of the device; made on first use, freed with its last user.
   static std::shared_ptr<HostRing> shared(int device);

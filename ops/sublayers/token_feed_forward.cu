@@ -29,9 +29,10 @@ constexpr size_t kMostTokenBytes = 40 * 1024;
 
 // Whose experts are run.
 enum class Choice {
-  kGiven,     // of a token, all resident; or (`expert_of_choice` null) the first group's one, on its one row
+  kGiven,     // of a token, all resident
   kHere,      // of a token, all resident: every block chooses (TokenChoices::router)
   kStreamed,  // of a token; some may be on their way
+  kOne,       // the first group's, on its one row
 };
 
 // What both kernels are given.
@@ -62,18 +63,15 @@ struct Expert {
 template <Choice kChoice>
 __device__ bool find_expert(Parameters const& p, int32_t const* chosen, int32_t choice, Expert* expert) {
   int32_t slot;
+  expert->row = choice;
   expert->awaited = -1;
-  if (kChoice == Choice::kHere) {
-    slot = chosen[choice];  // each in the slot of its number
-    expert->row = choice;
-  } else if (p.expert_of_choice != nullptr) {
-    if constexpr (kChoice == Choice::kStreamed) {
-      slot = p.slot_of_choice[choice];
-      if (slot < 0) slot = expert->awaited = pending(slot);  // its own inverse
-    } else {
-      slot = p.expert_of_choice[choice];
-    }
-    expert->row = choice;
+  if constexpr (kChoice == Choice::kGiven) {
+    slot = p.expert_of_choice[choice];  // each in the slot of its number
+  } else if constexpr (kChoice == Choice::kHere) {
+    slot = chosen[choice];
+  } else if constexpr (kChoice == Choice::kStreamed) {
+    slot = p.slot_of_choice[choice];
+    if (slot < 0) slot = expert->awaited = pending(slot);  // its own inverse
   } else {
     expert->row = p.groups.row_begin[0];
     if (p.groups.row_end[0] <= expert->row) return false;
@@ -293,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) first_kernel(Parameters 
   bool const is_staged = kChoice == Choice::kHere;
   if (row < weight_rows && (!is_staged || layer.has_norm)) prefetch_rows(weights, d_model, d_model);
   if (!is_staged) {
-    if (p.expert_of_choice == nullptr) token += expert.row * d_model;
+    if (kChoice == Choice::kOne) token += expert.row * d_model;
     stage_token(token, pieces, staged, 0);
     __syncthreads();
   }
@@ -331,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   auto const& layer = p.layer;
   int64_t const d_model = layer.shape.d_model;
   int64_t const hidden = layer.shape.hidden_size;
-  bool const one = kChoice == Choice::kGiven && p.expert_of_choice == nullptr;
+  constexpr bool one = kChoice == Choice::kOne;
   int32_t const choices = one ? 1 : p.top_k;
   int32_t const warp = static_cast<int32_t>(threadIdx.x) / kLanes;
   int32_t const work = quads * choices * parts;
@@ -339,15 +337,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   int32_t const pieces_of_part = (pieces + parts - 1) / parts;
   int64_t const first_channel = static_cast<int64_t>(blockIdx.x) * quads * kRows;
 
-  // Which experts were chosen has long been written (grid_dependency.cuh), only `inner` may still be on its way.
   Expert expert = {};
   bool waited = false;
-  if (one) {
+  auto const wait = [&waited] {
     wait_for_previous_kernel();
     start_next_kernel();
     waited = true;
+  };
+  // Which experts were chosen has long been written (grid_dependency.cuh), only `inner` may still be on its way.
+  if constexpr (one) {
+    wait();
     if (!find_expert<kChoice>(p, chosen, 0, &expert)) return;
-  } else if (kChoice == Choice::kHere) {
+  } else if constexpr (kChoice == Choice::kHere) {
     if (threadIdx.x < kLanes) choose_in_warp(p.router, chosen);
     __syncthreads();
   } else if (threadIdx.x < choices) {
@@ -365,9 +366,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     if (!waited) {
       prefetch_rows(weights + static_cast<int64_t>(first) * kPackSize<T>, hidden,
                     static_cast<int64_t>(end - first) * kPackSize<T>);
-      wait_for_previous_kernel();
-      start_next_kernel();
-      waited = true;
+      wait();
     }
     if constexpr (kChoice == Choice::kStreamed) {
       wait_in_warp(p, &expert);
@@ -384,10 +383,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       results[item * kRows + static_cast<int32_t>(threadIdx.x) % kLanes] = value;
     }
   }
-  if (!waited) {
-    wait_for_previous_kernel();
-    start_next_kernel();
-  }
+  if (!waited) wait();
   if (kChoice == Choice::kHere && threadIdx.x < choices) {
     choice_weights[threadIdx.x] = p.weight_of_choice[threadIdx.x];
   }
@@ -484,7 +480,7 @@ void TokenFeedForward::run(ExpertGroups const& groups, TokenChoices const& token
 void TokenFeedForward::run_expert(SubLayerCall const& call, void* inner) const {
   Parameters const p{*this,   call.groups, {},    nullptr,     nullptr, 1, false,
                      nullptr, call.input,  inner, call.output, 0,       {}};
-  run_kernels<Choice::kGiven>(p, false, call.stream);
+  run_kernels<Choice::kOne>(p, false, call.stream);
 }
 
 }  // namespace moe_infer

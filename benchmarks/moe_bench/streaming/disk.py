@@ -34,8 +34,8 @@ from moe_bench.weights import TORCH_DTYPES
 DTYPE = "bfloat16"
 STATES = ("page cache", "disk")
 STEPS = 24
-READERS = 4
-_CHUNK = 4 << 20
+READERS = 8  # as many as the library has, and pieces of the size that it reads
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
