@@ -7,13 +7,14 @@
 Bare layers through the library's C entry, in one process: A, InfMoE's own example, cold and over
 repeated calls; B, the 48 MoE layers of a Qwen3-30B-shaped decoder with slots for a part of the
 experts, on skewed traces; C, four Mixtral layers and one token, beside accelerate's cpu_offload; D,
-weights that are read from the disk; F, B's layers with guesses of what the next layer needs, which
-the host fetches ahead. The host drives the fetches, or the device does inside of a CUDA graph
-(--modes). The bus is measured in the same run; the floor of a time is what the missed bytes take on
-it, or the time with all experts resident. Results are compared with float64 or, bit by bit, with
-the layer whose experts all stay, before a time counts. Writes streaming.json after every point, and
-streaming.png, into --out. Needs a GPU, PyTorch and the built library; what else is missing costs
-only its rows. benchmarks/results/README.md says what the columns mean.
+weights that are read from a file, by layers that stream and by layers that load them all; F, B's
+layers with guesses of what the next layer needs, which the host fetches ahead. The host drives the
+fetches, or the device does inside of a CUDA graph (--modes). The bus is measured in the same run;
+the floor of a time is what the missed bytes take on it, or the time with all experts resident.
+Results are compared with float64 or, bit by bit, with the layer whose experts all stay, before a
+time counts. Writes streaming.json after every point, and streaming.png, into --out. Needs a GPU,
+PyTorch and the built library; what else is missing costs only its rows.
+benchmarks/results/README.md says what the columns mean.
 """
 
 from __future__ import annotations

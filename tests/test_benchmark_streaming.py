@@ -342,9 +342,15 @@ def test_four_layers_and_one_token(without_gpu: None, tmp_path: Path) -> None:
 
 def test_from_the_disk(without_gpu: None, tmp_path: Path) -> None:
     found = list(disk.points(context_in(tmp_path)))
-    assert [point["state"] for point in found] == ["page cache", "disk"]
+    states = [(mode, state) for mode in ("host", "load") for state in ("page cache", "disk")]
+    assert [(point["mode"], point["state"]) for point in found] == states
+    assert len(found) == disk.planned(1)
     for point in found:
-        assert point["read_bytes_a_second"] > 0 and point["hit_rate"] == 0, point
+        assert point["read_bytes_a_second"] > 0, point
+        if point["mode"] == "load":
+            assert point["bytes_a_run"] == point["all_miss_bytes"] > 0
+        else:
+            assert point["hit_rate"] == 0, point
         assert point["floor_ms"] == pytest.approx(
             1e3 * point["bytes_a_run"] / min(1e9, point["read_bytes_a_second"])
         )
@@ -357,11 +363,28 @@ def test_a_result_that_is_not_the_residents_has_no_time(
 ) -> None:
     monkeypatch.setattr(FakeLayer, "wrong", 1.0)
     monkeypatch.setattr(offload, "PEERS", ())
-    found = [p for p in part(context_in(tmp_path)) if p.get("percent") != 100]
+    found = [
+        p for p in part(context_in(tmp_path)) if p["mode"] != "load" and p.get("percent") != 100
+    ]
     assert found
     for point in found:
         assert point["wrong"] and "ms" not in point
         assert "are not those of the layer whose experts all stay" in point["failed"]
+
+
+def test_loaded_layers_that_give_other_results_have_no_time(
+    without_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measure = disk.Load.measure
+
+    def expect_others(load: disk.Load, *given: Any) -> dict[str, Any]:
+        load.expected.outputs.add_(1)
+        return measure(load, *given)
+
+    monkeypatch.setattr(disk.Load, "measure", expect_others)
+    (*_, cached, cold) = disk.points(context_in(tmp_path))
+    for point in (cached, cold):
+        assert point["mode"] == "load" and point["wrong"] and "ms" not in point
 
 
 def test_a_decoder_in_a_graph_counts_the_step_before_it_too(
@@ -495,7 +518,7 @@ def test_a_part_that_fails_costs_only_itself(
     assert run_program(program, monkeypatch, tmp_path, *chosen) == 1
     data = json.loads((tmp_path / "streaming.json").read_text())
     assert data["runs"][0]["failures"] == [{"part": "C", "reason": "OSError: no room"}]
-    assert len(data["points"]) == 2
+    assert len(data["points"]) == disk.planned(1)
 
 
 def test_options(program: Any) -> None:

@@ -83,6 +83,7 @@ void ExpertCache::load_all() {
     }
   }
   loader_->finish();
+  ring_ = loader_->ring();
   loader_.reset();
 }
 

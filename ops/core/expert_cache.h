@@ -122,6 +122,8 @@ class ExpertCache {
   DeviceMemory memory_, numbers_;
   std::vector<Event> ready_, used_;       // of each slot
   std::unique_ptr<ExpertLoader> loader_;  // null once all experts are here to stay
+  // The loader's, if all experts stay: the next layer loads through it, too, and making one takes milliseconds.
+  std::shared_ptr<HostRing> ring_;
   PolicySettings policy_;
   std::vector<int32_t> slot_of_expert_, expert_of_slot_;
   std::vector<ExpertHistory> histories_;

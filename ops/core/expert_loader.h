@@ -48,6 +48,8 @@ class ExpertLoader {
     size_t submitted_ = 0, taken_ = 0;          // of loader_.reads_
   };
 
+  // What weights that are not pinned go through; null: all are.
+  std::shared_ptr<HostRing> const& ring() const { return ring_; }
   // What is loaded from now on comes after what is enqueued on `stream` so far.
   void order_behind(cudaStream_t stream) const;
   void finish() const;         // waits until all loads are done; throws Error(MOE_INFER_CUDA)

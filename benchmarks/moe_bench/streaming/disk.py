@@ -1,4 +1,4 @@
-"""Part D: more weights than may be pinned, read from their file."""
+"""Part D: weights read from a file: more than may be pinned, and all of layers that keep them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from moe_bench.streaming.chain import (
     Chain,
     environment,
     open_bound,
+    synchronize,
 )
 from moe_bench.streaming.context import Context, Points
 from moe_bench.streaming.files import weight_files
@@ -54,8 +55,20 @@ class Files:
             finally:
                 os.close(file)
 
+    def prepare(self, state: str) -> None:
+        """Leaves the files in memory, or not."""
+        if state == "disk":
+            self.forget()
+
+    def speed(self, state: str) -> float:
+        """Bytes a second of threads that only read, in this state, which is the same afterwards."""
+        self.prepare(state)
+        speed = self.read_speed()
+        self.prepare(state)
+        return speed
+
     def read_speed(self) -> float:
-        """Bytes a second of a few threads that read the first file as it is."""
+        """Bytes a second of threads that read the first file as it is."""
         path = self.paths[0]
         size = path.stat().st_size
         file = os.open(path, os.O_RDONLY)
@@ -77,7 +90,10 @@ class Files:
 
 
 def points(context: Context) -> Points:
-    """One token a step, other experts in each: from the page cache, and from the disk."""
+    """One token a step, other experts in each, and making layers until their first token is there.
+
+    Each from the page cache, and from the disk.
+    """
     case = DECODER
     with weight_files(context.disk, case, DTYPE, DISK_LAYERS, context.device) as experts:
         files = Files([own.path for own in experts])
@@ -108,6 +124,23 @@ def points(context: Context) -> Points:
                     yield context.measure(
                         fields, lambda s, r=run, t=state: r.measure(t, s, context.bus)
                     )
+            resident.step(logits[0])
+        # All layers of a process with these experts would share them: there must be none.
+        for state in STATES:
+            fields = {
+                "part": "D",
+                "case": case.name,
+                "dtype": DTYPE,
+                "layers": DISK_LAYERS,
+                "tokens": 1,
+                "slots": case.experts,
+                "routing": "all experts",
+                "state": state,
+                "mode": "load",
+                "all_miss_bytes": DISK_LAYERS * case.experts * expert_bytes(case, DTYPE),
+            }
+            load = Load(files, x, logits[0], resident)
+            yield context.measure(fields, lambda s, o=load, t=state: o.measure(t, s, context.bus))
 
 
 @dataclass(frozen=True)
@@ -129,11 +162,7 @@ class Run:
         ):
             bound = open_bound(chain, self.x, self.logits[0])
             bound.step(self.logits[0])
-            if state == "disk":
-                self.files.forget()
-            speed = self.files.read_speed()
-            if state == "disk":
-                self.files.forget()
+            speed = self.files.speed(state)
             before = chain.counters()
             bound.poison()
             count = len(self.logits)
@@ -142,16 +171,48 @@ class Run:
             self.resident.step(self.logits[len(found) % count])
             bound.must_equal(self.resident)
         told = times(found, alike=False)
-        floor = against_floor(told["ms"], counted.bytes_fetched / len(found), min(bus, speed), None)
-        return {
-            **told,
-            **floor,
-            "hit_rate": counted.hit_rate,
-            "read_bytes_a_second": speed,
-            "bound": "file" if speed < bus else "bus",
-        }
+        floor = against_file(told["ms"], counted.bytes_fetched / len(found), bus, speed)
+        return {**told, **floor, "hit_rate": counted.hit_rate}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Layers that load all their experts, and run a token."""
+
+    files: Files
+    x: torch.Tensor
+    logits: torch.Tensor
+    expected: Bound
+
+    def measure(self, state: str, seconds: float, bus: float) -> dict[str, Any]:
+        """By the host's clock."""
+        speed = self.files.speed(state)
+        found: list[float] = []
+        begin = time.perf_counter()
+        while len(found) < 3 or (time.perf_counter() - begin < seconds and len(found) < 15):
+            self.files.prepare(state)
+            start = time.perf_counter()
+            with Chain(DECODER, DTYPE, self.files.paths, DISK_LAYERS, DECODER.experts) as chain:
+                bound = chain.bind(self.x)
+                bound.poison()
+                bound.step(self.logits)
+                synchronize()
+                found.append(1e3 * (time.perf_counter() - start))
+                bound.must_equal(self.expected)
+        told = times(found, alike=True)
+        size = DISK_LAYERS * DECODER.experts * expert_bytes(DECODER, DTYPE)
+        return {**told, **against_file(told["ms"], size, bus, speed)}
+
+
+def against_file(ms: float, bytes_a_run: float, bus: float, speed: float) -> dict[str, Any]:
+    """As against_floor; the floor is the slower of bus and file."""
+    return {
+        **against_floor(ms, bytes_a_run, min(bus, speed), None),
+        "read_bytes_a_second": speed,
+        "bound": "file" if speed < bus else "bus",
+    }
 
 
 def planned(modes: int) -> int:
     """Number of points."""
-    return modes * len(STATES)
+    return (modes + 1) * len(STATES)

@@ -14,7 +14,7 @@ TITLES = {
     "B": "B: 48 layers of 128 experts, top 8, 2048 x 768, bfloat16",
     "F": "F: the same layers, one token, told guesses of what the next layer needs",
     "C": "C: four Mixtral layers, one token, bfloat16",
-    "D": "D: 2 layers of 128 experts from the disk, almost nothing pinned",
+    "D": "D: 2 layers of 128 experts from a file: almost nothing pinned, and loading all that stay",
 }
 
 Point = Mapping[str, Any]
