@@ -126,39 +126,46 @@ uint64_t ExpertLoader::Loads::load(int32_t expert, uint8_t* slot, Event const& f
   if (!loader.store_->unchanged()) {
     throw bad_file(loader.store_->path() + " has changed since the layer was made; make the session again");
   }
-  cudaStream_t const copies = loader.copy_stream_.get();
-  uint64_t bytes = 0;
   try {
-    free.order_before(copies);
+    free.order_before(loader.copy_stream_.get());
     loader.batch_.clear();  // after a load that failed
-    if (is_read(expert)) {
-      for (; is_read(expert); ++taken_) {
-        submit_reads();
-        auto const& read = loader.reads_[taken_];
-        loader.send(read, session_->take(), slot);
-        loader.batch_.enqueue(copies);
-        session_->release(copies);
-        bytes += read.bytes();
-      }
-      if (taken_ == loader.reads_.size()) session_.reset();
-    } else {
-      loader.transfers_.clear();
-      loader.list_transfers(expert, kUnlimited, loader.staging_bytes_, &loader.transfers_);
-      for (auto const& transfer : loader.transfers_) {
-        loader.send(transfer, static_cast<uint8_t const*>(transfer.piece->data) + transfer.offset(), slot);
-        bytes += transfer.bytes();
-      }
-      loader.batch_.enqueue(copies);
-    }
+    uint64_t const bytes = is_read(expert) ? copy_read(expert, slot) : loader.copy_pinned(expert, slot);
     // Packing of this expert comes after its copies, so the pack stream's end is the expert's. The copy stream goes on
     // with the next expert meanwhile.
-    loader.copied_.record(copies);
+    loader.copied_.record(loader.copy_stream_.get());
     loader.copied_.order_before(loader.pack_stream_.get());
     ready.record(loader.pack_stream_.get());
+    return bytes;
   } catch (...) {
     loader.wait();  // neither the slot's next load nor the ring's next user may meet what this one left on its way
     throw;
   }
+}
+
+uint64_t ExpertLoader::Loads::copy_read(int32_t expert, uint8_t* slot) {
+  cudaStream_t const copies = loader_.copy_stream_.get();
+  uint64_t bytes = 0;
+  for (; is_read(expert); ++taken_) {
+    submit_reads();
+    auto const& read = loader_.reads_[taken_];
+    loader_.send(read, session_->take(), slot);
+    loader_.batch_.enqueue(copies);
+    session_->release(copies);
+    bytes += read.bytes();
+  }
+  if (taken_ == loader_.reads_.size()) session_.reset();
+  return bytes;
+}
+
+uint64_t ExpertLoader::copy_pinned(int32_t expert, uint8_t* slot) {
+  uint64_t bytes = 0;
+  transfers_.clear();
+  list_transfers(expert, kUnlimited, staging_bytes_, &transfers_);
+  for (auto const& transfer : transfers_) {
+    send(transfer, static_cast<uint8_t const*>(transfer.piece->data) + transfer.offset(), slot);
+    bytes += transfer.bytes();
+  }
+  batch_.enqueue(copy_stream_.get());
   return bytes;
 }
 

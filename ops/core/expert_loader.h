@@ -42,6 +42,7 @@ class ExpertLoader {
    private:
     bool is_read(int32_t expert) const;
     void submit_reads();
+    uint64_t copy_read(int32_t expert, uint8_t* slot);
 
     ExpertLoader& loader_;
     std::optional<HostRing::Session> session_;  // while reads are left
@@ -70,6 +71,7 @@ class ExpertLoader {
   bool is_direct(ExpertPiece const& piece) const { return piece.row_stride == 1 && piece.dtype == dtype_; }
   void list_transfers(int32_t expert, uint64_t most_direct_bytes, uint64_t most_staged_bytes,
                       std::vector<Transfer>* transfers) const;
+  uint64_t copy_pinned(int32_t expert, uint8_t* slot);
   void send(Transfer const& transfer, void const* source, uint8_t* slot);
 
   std::shared_ptr<ExpertStore> store_;

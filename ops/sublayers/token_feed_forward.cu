@@ -27,8 +27,8 @@ constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
 constexpr int kMostChoices = TokenFeedForward::kMostChoices;
 constexpr size_t kMostTokenBytes = 40 * 1024;
 
-// Whose experts are run. That kGiven has two cases is on purpose: with the second one compiled apart the first is 0.2 us
-// slower (128 experts, an H200).
+// Whose experts are run. That kGiven has two cases is on purpose: with the second one compiled apart the first is 0.2
+// us slower (128 experts, an H200).
 enum class Choice {
   kGiven,     // of a token, all resident; or (`expert_of_choice` null) the first group's one, on its one row
   kHere,      // of a token, all resident: every block chooses (TokenChoices::router)
