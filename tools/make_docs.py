@@ -149,7 +149,7 @@ def all_measured_on(record: dict[str, Any], points: list[dict[str, Any]]) -> str
     cards = ", ".join(sorted({run["card"] for run in runs}))
     dates = ", ".join(sorted({run["date"][:10] for run in runs}))
     commits = ", ".join(sorted({str(run["commit"] or "unknown")[:12] for run in runs}))
-    return f"Milliseconds for one run, measured on one {cards} on {dates}, commit {commits}."
+    return f"Milliseconds for one run; {cards}, {dates}, commit {commits}."
 
 
 def resident_claims(path: Path = ROOT / "benchmarks/results/resident.json") -> str:

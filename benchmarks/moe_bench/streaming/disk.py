@@ -55,38 +55,37 @@ class Files:
             finally:
                 os.close(file)
 
-    def prepare(self, state: str) -> None:
-        """Leaves the files in memory, or not."""
-        if state == "disk":
-            self.forget()
-
     def speed(self, state: str) -> float:
         """Bytes a second of threads that only read, in this state, which is the same afterwards."""
-        self.prepare(state)
-        speed = self.read_speed()
-        self.prepare(state)
+        if state == "disk":
+            self.forget()
+        else:
+            self.read()
+        begin = time.perf_counter()
+        done = self.read()
+        speed = done / (time.perf_counter() - begin)
+        if state == "disk":
+            self.forget()
         return speed
 
-    def read_speed(self) -> float:
-        """Bytes a second of threads that read the first file as it is."""
-        path = self.paths[0]
-        size = path.stat().st_size
-        file = os.open(path, os.O_RDONLY)
+    def read(self) -> int:
+        """All files, by a few threads. Returns the bytes."""
         buffers = [memoryview(bytearray(_CHUNK)) for _ in range(READERS)]
+        files = [os.open(path, os.O_RDONLY) for path in self.paths]
 
         def read(reader: int) -> int:
             done = 0
-            for offset in range(reader * _CHUNK, size, READERS * _CHUNK):
-                done += os.preadv(file, [buffers[reader]], offset)
+            for path, file in zip(self.paths, files, strict=True):
+                for offset in range(reader * _CHUNK, path.stat().st_size, READERS * _CHUNK):
+                    done += os.preadv(file, [buffers[reader]], offset)
             return done
 
         try:
             with ThreadPoolExecutor(READERS) as pool:
-                begin = time.perf_counter()
-                done = sum(pool.map(read, range(READERS)))
-                return done / (time.perf_counter() - begin)
+                return sum(pool.map(read, range(READERS)))
         finally:
-            os.close(file)
+            for file in files:
+                os.close(file)
 
 
 def points(context: Context) -> Points:
@@ -190,7 +189,8 @@ class Load:
         found: list[float] = []
         begin = time.perf_counter()
         while len(found) < 3 or (time.perf_counter() - begin < seconds and len(found) < 15):
-            self.files.prepare(state)
+            if state == "disk":
+                self.files.forget()
             start = time.perf_counter()
             with Chain(DECODER, DTYPE, self.files.paths, DISK_LAYERS, DECODER.experts) as chain:
                 bound = chain.bind(self.x)
