@@ -102,16 +102,19 @@ def points(context: Context) -> Points:
         x = x.to(TORCH_DTYPES[DTYPE])
         chosen = traces.changing(case, DISK_LAYERS, STEPS, 9, context.device)
         logits = traces.logits_of(chosen, case, DTYPE)
+        about = {
+            "part": "D",
+            "case": case.name,
+            "dtype": DTYPE,
+            "layers": DISK_LAYERS,
+            "tokens": 1,
+        }
         with Chain(case, DTYPE, files.paths, DISK_LAYERS, case.experts) as all_:
             resident = open_bound(all_, x, logits[0])
             for state in STATES:
                 for mode in context.modes:
                     fields = {
-                        "part": "D",
-                        "case": case.name,
-                        "dtype": DTYPE,
-                        "layers": DISK_LAYERS,
-                        "tokens": 1,
+                        **about,
                         "slots": DISK_SLOTS,
                         "routing": "changing",
                         "state": state,
@@ -127,11 +130,7 @@ def points(context: Context) -> Points:
         # All layers of a process with these experts would share them: there must be none.
         for state in STATES:
             fields = {
-                "part": "D",
-                "case": case.name,
-                "dtype": DTYPE,
-                "layers": DISK_LAYERS,
-                "tokens": 1,
+                **about,
                 "slots": case.experts,
                 "routing": "all experts",
                 "state": state,
