@@ -101,19 +101,15 @@ void ExpertCache::set_tables(CacheTables const& tables, cudaStream_t stream) {
 
 void ExpertCache::plan(int32_t const* counts, Call* call) {
   call->needed = plan_call(policy_, &tables_, counts, plan_.data());
-  int32_t hits = 0;
-  for (int32_t i = 0; i < call->needed; ++i) {
-    auto const& planned = plan_[static_cast<size_t>(i)];
-    use_.needed(planned.expert);
-    hits += planned.hit;
-  }
-  hits_ += hits;
-  order_runs(hits, call->needed);
   missing_.clear();
   for (int32_t i = 0; i < call->needed; ++i) {
     auto const& planned = plan_[static_cast<size_t>(i)];
+    use_.needed(planned.expert);
     if (planned.hit == 0) missing_.push_back(planned.expert);
   }
+  auto const hits = call->needed - static_cast<int32_t>(missing_.size());
+  hits_ += hits;
+  order_runs(hits, call->needed);
 }
 
 // Hits may run in any order, and misses in theirs (policy.h). First the hits whose slots misses take, for which the bus

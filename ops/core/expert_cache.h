@@ -17,6 +17,7 @@
 #include "core/expert_loader.h"
 #include "core/expert_store.h"
 #include "core/expert_use.h"
+#include "core/host_ring.h"
 #include "core/policy.h"
 #include "core/policy_settings.h"
 #include "core/run_lanes.h"
@@ -130,7 +131,7 @@ class ExpertCache {
   CacheTables tables_;  // points into the three above
   std::vector<PlannedExpert> plan_;
   std::vector<PlannedExpert> ordered_;  // scratch
-  std::vector<int32_t> missing_;        // experts of the call's misses, as in plan_
+  std::vector<int32_t> missing_;        // experts of the call's misses, in the order in which they run
   std::vector<int32_t> place_in_call_;  // of needed experts, in plan_
   std::unique_ptr<UseHistoryFile> use_history_;
   ExpertUse use_;

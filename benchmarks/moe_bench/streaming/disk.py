@@ -128,6 +128,7 @@ def points(context: Context) -> Points:
                     )
             resident.step(logits[0])
         # All layers of a process with these experts would share them: there must be none.
+        load = Load(files, x, logits[0], resident)
         for state in STATES:
             fields = {
                 **about,
@@ -135,10 +136,9 @@ def points(context: Context) -> Points:
                 "routing": "all experts",
                 "state": state,
                 "mode": "load",
-                "all_miss_bytes": DISK_LAYERS * case.experts * expert_bytes(case, DTYPE),
+                "all_miss_bytes": load.bytes,
             }
-            load = Load(files, x, logits[0], resident)
-            yield context.measure(fields, lambda s, o=load, t=state: o.measure(t, s, context.bus))
+            yield context.measure(fields, lambda s, t=state: load.measure(t, s, context.bus))
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,11 @@ class Load:
     logits: torch.Tensor
     expected: Bound
 
+    @property
+    def bytes(self) -> int:
+        """That a load brings."""
+        return DISK_LAYERS * DECODER.experts * expert_bytes(DECODER, DTYPE)
+
     def measure(self, state: str, seconds: float, bus: float) -> dict[str, Any]:
         """By the host's clock."""
         speed = self.files.speed(state)
@@ -199,8 +204,7 @@ class Load:
                 found.append(1e3 * (time.perf_counter() - start))
                 bound.must_equal(self.expected)
         told = times(found, alike=True)
-        size = DISK_LAYERS * DECODER.experts * expert_bytes(DECODER, DTYPE)
-        return {**told, **against_file(told["ms"], size, bus, speed)}
+        return {**told, **against_file(told["ms"], self.bytes, bus, speed)}
 
 
 def against_file(ms: float, bytes_a_run: float, bus: float, speed: float) -> dict[str, Any]:
